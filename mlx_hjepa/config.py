@@ -1,0 +1,347 @@
+"""The configuration of a run: strict, typed, and complete.
+
+A YAML file has the sections of `Config`. An unknown or mistyped key is an error that names the nearest right one; every
+key is read by something. `load` reads a file and `--set a.b=value` overrides; `Config.dump` writes the resolved result.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+SIZES = {"vit_tiny": (192, 12), "vit_small": (384, 12), "vit_base": (768, 12), "vit_wide": (384, 6)}
+
+
+class ConfigError(Exception):
+    """A mistake in a configuration, in one or two lines that say what to do."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+
+def _ordered(pair: tuple[float, float]) -> tuple[float, float]:
+    if pair[0] > pair[1]:
+        raise ValueError("must be two numbers, the smaller first")
+    return pair
+
+
+Unit = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+UnitRange = Annotated[tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]],
+                      AfterValidator(_ordered)]
+PositiveRange = Annotated[tuple[Positive, Positive], AfterValidator(_ordered)]
+
+
+class Data(Section):
+    """Where the pictures come from. `root` is a folder of pictures, or an unpacked CIFAR archive."""
+
+    dataset: Literal["cifar10", "cifar100", "digits", "folder"] = "cifar10"
+    root: str | None = None
+    source: Literal["stream", "resident"] = "stream"
+    image_size: Count = 32
+    split_seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    threads: Count = 4
+    on_corrupt: Literal["skip", "error"] = "error"
+
+    @model_validator(mode="after")
+    def _folder_has_a_root(self):
+        if self.dataset == "folder" and not self.root:
+            raise ValueError("dataset: folder needs data.root, the folder of pictures")
+        return self
+
+
+class Augment(Section):
+    """What the step does to each picture: a crop, a mirror image, colours."""
+
+    crop: Literal["random_resized", "pad", "none"] = "random_resized"
+    scale: UnitRange = (0.3, 1.0)
+    aspect: PositiveRange = (0.75, 4 / 3)
+    pad: Annotated[int, Field(ge=0, le=64)] = 4
+    flip: bool = True
+    jitter: Unit = 0.0
+
+
+class Level(Section):
+    """One rung of the hierarchy: an encoder depth and a pooling window."""
+
+    depth: Count
+    pool: Count = 1
+
+
+def _level(value: Any) -> Any:
+    return {"depth": value} if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+class Model(Section):
+    """The encoder. `size` names a width and a depth; `dim` and `depth` give them explicitly."""
+
+    size: Literal["vit_tiny", "vit_small", "vit_base", "vit_wide"] | None = None
+    dim: Count | None = None
+    depth: Count | None = None
+    head_dim: Count = 64
+    patch: Count = 4
+    mlp_ratio: Positive = 4.0
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    levels: list[Annotated[Level, BeforeValidator(_level)]]
+    level_weights: Literal["equal", "balanced"] | list[Positive] = "equal"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resolve_size(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("size") in SIZES:
+            dim, depth = SIZES[values["size"]]
+            return {**values, "dim": values.get("dim") or dim, "depth": values.get("depth") or depth}
+        return values
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.dim is None or self.depth is None:
+            raise ValueError(f"give size (one of {', '.join(SIZES)}), or both dim and depth")
+        _check_heads("dim", self.dim, self.head_dim)
+        depths = [level.depth for level in self.levels]
+        if not depths:
+            raise ValueError("levels needs at least one depth")
+        if max(depths) != self.depth:
+            raise ValueError(f"levels: the deepest is {max(depths)}, the encoder has {self.depth} blocks; they must agree")
+        if sorted(depths) != depths:
+            raise ValueError(f"levels must be in order of depth; found {depths}")
+        if isinstance(self.level_weights, list) and len(self.level_weights) != len(depths):
+            raise ValueError(f"level_weights has {len(self.level_weights)} numbers for {len(depths)} levels")
+        return self
+
+
+def _check_heads(key: str, dim: int, head_dim: int) -> None:
+    if dim % head_dim:
+        divisors = [d for d in range(8, 257, 8) if dim % d == 0]
+        raise ValueError(f"{key} {dim} is no multiple of head_dim {head_dim}; head_dim can be {divisors}")
+    if dim % 4:
+        raise ValueError(f"{key} {dim} must be a multiple of 4 (2-D sin-cos positions)")
+
+
+class Predictor(Section):
+    """The narrow transformer from context tokens and mask tokens to target tokens."""
+
+    dim: Count = 192
+    depth: Count = 4
+    head_dim: Count = 64
+
+    @model_validator(mode="after")
+    def _check(self):
+        _check_heads("dim", self.dim, self.head_dim)
+        return self
+
+
+class Masking(Section):
+    """Which tokens are seen and which are predicted; `masks` of this package gives the rules."""
+
+    select: Literal["random", "blocks"] = "random"
+    target_blocks: Annotated[int, Field(ge=1, le=32)] = 4
+    scale: UnitRange = (0.15, 0.2)
+    aspect: PositiveRange = (0.75, 1.5)
+    target_tokens: Count = 28
+    context_tokens: Count = 28
+    overhang: Annotated[int, Field(ge=0)] = 0
+    masks_per_image: Annotated[int, Field(ge=1, le=16)] = 1
+
+
+class Training(Section):
+    """The optimisation. `batch` counts pictures of one update; `accumulation` cuts it into that many parts."""
+
+    epochs: Count = 20
+    batch: Count = 256
+    accumulation: Count = 1
+    lr: Positive = 1e-3
+    min_lr: Annotated[float, Field(ge=0)] = 1e-6
+    warmup_epochs: Annotated[float, Field(ge=0)] = 2.0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    weight_decay_end: Annotated[float, Field(ge=0)] | None = None
+    betas: tuple[Unit, Unit] = (0.9, 0.95)
+    eps: Positive = 1e-8
+    clip: Positive = 1.0
+    ema: tuple[Unit, Unit] = (0.996, 0.9995)
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    max_bad_steps: Count = 20
+
+    @model_validator(mode="after")
+    def _check(self):
+        if max(self.betas) >= 1:
+            raise ValueError(f"betas must be below 1; found {list(self.betas)}")
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(f"warmup_epochs {self.warmup_epochs:g} leaves nothing of {self.epochs} epochs")
+        if self.batch % self.accumulation:
+            raise ValueError(f"batch {self.batch} is no multiple of accumulation {self.accumulation}")
+        return self
+
+
+class Logging(Section):
+    """What is written while training. `health_every` and `knn_every` count epochs; knn_every 0 is never."""
+
+    every_steps: Count = 50
+    health_every: Positive = 1.0
+    knn_every: Annotated[int, Field(ge=0)] = 5
+    tensorboard: bool = False
+    wandb: bool = False
+
+
+class Checkpoints(Section):
+    """When a checkpoint is written, and how many are kept beside the best one."""
+
+    every_minutes: Positive = 10.0
+    every_epochs: Annotated[int, Field(ge=0)] = 5
+    keep: Count = 2
+
+
+class Config(Section):
+    """A whole run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    data: Data = Data()
+    augment: Augment = Augment()
+    model: Model
+    predictor: Predictor = Predictor()
+    masking: Masking = Masking()
+    training: Training = Training()
+    logging: Logging = Logging()
+    checkpoints: Checkpoints = Checkpoints()
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of a picture."""
+        return self.data.image_size // self.model.patch
+
+    @model_validator(mode="after")
+    def _check(self):
+        size, patch, g = self.data.image_size, self.model.patch, self.grid
+        if size % patch:
+            raise ValueError(f"data.image_size {size} is no multiple of model.patch {patch}")
+        for level in self.model.levels:
+            if level.pool > g:
+                raise ValueError(f"model.levels: pool {level.pool} is larger than the grid of {g} x {g} patches")
+        m = self.masking
+        if m.target_tokens + m.context_tokens > g * g:
+            raise ValueError(f"masking: target_tokens {m.target_tokens} + context_tokens {m.context_tokens} is more "
+                             f"than the grid's {g * g} tokens")
+        if m.overhang and m.select != "blocks":
+            raise ValueError("masking.overhang needs masking.select: blocks")
+        return self
+
+    def dump(self) -> str:
+        """The resolved configuration as YAML."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=120)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads `1e-4` as a word; this loader reads it as the number that was meant."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$|^[-+]?\.\d+([eE][-+]?\d+)?$"),
+    list("-+0123456789."),
+)
+
+
+def parse_yaml(text: str) -> Any:
+    """YAML text as plain values; raises yaml.YAMLError."""
+    return yaml.load(text, Loader=_Loader)
+
+
+def load(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Config:
+    """Read a configuration file and apply `a.b=value` overrides.
+
+    Raises ConfigError, which names the file, the key, the value and the nearest valid key.
+    """
+    path = Path(path)
+    try:
+        values = parse_yaml(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file. The presets are in configs/; `ls configs` lists them") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: a configuration is a mapping of sections such as data, model, training")
+    values.setdefault("name", path.stem)
+    for item in overrides:
+        _override(values, item)
+    return build(values, str(path))
+
+
+def build(values: dict, where: str = "config") -> Config:
+    """A Config from plain values; raises ConfigError as `load` does."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(where, e) for e in error.errors()[:2])) from None
+
+
+def section(kind: type[Section], name: str, values: dict) -> Any:
+    """One section by itself; raises ConfigError as `load` does."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_explain(name, error.errors()[0])) from None
+
+
+def _override(values: dict, item: str) -> None:
+    key, found, text = item.partition("=")
+    if not found or not key:
+        raise ConfigError(f"--set {item}: write it as section.key=value, for example training.lr=1e-3")
+    *sections, last = key.split(".")
+    for section in sections:
+        if values.get(section) is None:
+            values[section] = {}
+        values = values[section]
+        if not isinstance(values, dict):
+            raise ConfigError(f"--set {item}: {section} is no section")
+    try:
+        values[last] = parse_yaml(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {item}: the value is not valid YAML") from None
+
+
+def _explain(where: str, error: Any) -> str:
+    path = [str(p) for p in error["loc"] if not str(p).startswith(("function-", "list[", "literal["))]
+    key = ".".join(path)
+    if error["type"] == "extra_forbidden":
+        known = _keys_beside(path)
+        near = difflib.get_close_matches(path[-1], known, 1, 0.5)
+        elsewhere = [k for k in _all_keys() if k.split(".")[-1] == path[-1]]
+        hint = (f"did you mean {'.'.join([*path[:-1], near[0]])}?" if near else
+                f"did you mean {elsewhere[0]}?" if elsewhere else f"the keys here are {', '.join(known)}")
+        return f"{where}: unknown key {key}: {hint}"
+    message = error["msg"].removeprefix("Value error, ")
+    value = error.get("input")
+    shown = "" if isinstance(value, (dict, BaseModel)) or error["type"] == "missing" else f" (found {value!r})"
+    return f"{where}: {key + ': ' if key else ''}{message[0].lower() + message[1:]}{shown}"
+
+
+def _keys_beside(path: list[str]) -> list[str]:
+    model: Any = Config
+    for part in path[:-1]:
+        if part.isdigit():
+            return list(Level.model_fields)
+        field = model.model_fields.get(part)
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            return [part] if field is None else list(Level.model_fields)
+        model = field.annotation
+    return list(model.model_fields)
+
+
+def _all_keys() -> list[str]:
+    keys = []
+    for name, field in Config.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += [f"{name}.{k}" for k in field.annotation.model_fields]
+        else:
+            keys.append(name)
+    return keys

@@ -1,0 +1,186 @@
+"""A run: its folder under results/, its files, its checkpoints."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from mlx_hjepa.config import Config, ConfigError
+from mlx_hjepa.config import load as load_config
+
+RESULTS = Path("results")
+
+
+class UserError(Exception):
+    """A mistake a user can mend, in one or two lines that say what to do."""
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file whole or not at all: temporary name, fsync, rename."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename inside a folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    value = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            value.update(block)
+    return value.hexdigest()
+
+
+class Run:
+    """One training's folder. Every file it holds has its path here and nowhere else."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def config_file(self) -> Path:
+        return self.folder / "config.yaml"
+
+    @property
+    def environment_file(self) -> Path:
+        return self.folder / "environment.json"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def log_file(self) -> Path:
+        return self.folder / "train.log"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.folder / "evaluation"
+
+    @property
+    def published_weights(self) -> list[Path]:
+        """The shards of a published run's target encoder, none for a run of one's own."""
+        return sorted((self.folder / "weights").glob("*.safetensors"))
+
+    @property
+    def config(self) -> Config:
+        return load_config(self.config_file)
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        return read_json(self.environment_file)
+
+    @classmethod
+    def create(cls, config: Config, results: Path = RESULTS) -> Run:
+        """A new folder for this configuration; a second run of a name gets -2, -3 ..."""
+        results.mkdir(parents=True, exist_ok=True)
+        number = 1
+        while True:
+            folder = results / (config.name if number == 1 else f"{config.name}-{number}")
+            try:
+                folder.mkdir()
+                break
+            except FileExistsError:
+                number += 1
+        run = cls(folder)
+        run.checkpoints.mkdir()
+        write_atomically(run.config_file, config.dump())
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> Run:
+        """An existing run, given its folder or its name under results/. Raises UserError."""
+        for folder in (Path(path), RESULTS / path):
+            if (folder / "config.yaml").is_file():
+                return cls(folder)
+        raise UserError(f"{path}: no run here (a run is a folder with a config.yaml, such as results/<name>)")
+
+    @classmethod
+    def newest(cls, name: str | None = None, results: Path = RESULTS) -> Run:
+        """The run that wrote last; `name` takes only runs of that configuration. Raises UserError."""
+        runs = [cls(file.parent) for file in results.glob("*/config.yaml")]
+        if name is not None:
+            runs = [run for run in runs if run._is_of(name)]
+        if not runs:
+            what = f"run named {name}" if name else "run"
+            raise UserError(f"no {what} under {results}/ yet. Train one: mlx-hjepa train configs/digits_demo.yaml")
+        return max(runs, key=lambda run: run._written())
+
+    def _is_of(self, name: str) -> bool:
+        try:
+            return self.config.name == name
+        except ConfigError:
+            return False
+
+    def _written(self) -> float:
+        return max(f.stat().st_mtime for f in (self.config_file, self.metrics_file) if f.exists())
+
+    def checkpoint(self, which: str = "latest") -> Path:
+        """The folder of a checkpoint: `latest`, `best`, or a path. Raises UserError.
+
+        Its files are checked against the digests in its state.json, so that a truncated file is told, not read.
+        """
+        if which in ("latest", "best"):
+            pointer = self.checkpoints / which
+            if not pointer.is_file():
+                raise UserError(f"{self.folder}: no {which} checkpoint yet. Train on: mlx-hjepa train {self.folder} --resume")
+            folder = self.checkpoints / pointer.read_text().strip()
+        else:
+            folder = Path(which) if Path(which).is_dir() else self.checkpoints / which
+        state = folder / "state.json"
+        if not state.is_file():
+            raise UserError(f"{folder}: not a checkpoint (no state.json)")
+        for name, expected in read_json(state)["digests"].items():
+            file = folder / name
+            if not file.is_file() or digest(file) != expected:
+                raise UserError(f"{file}: {'damaged' if file.is_file() else 'missing'}. Use another checkpoint: "
+                                f"--checkpoint best, or one of {self.checkpoints}")
+        return folder
+
+    def point(self, which: str, folder: Path) -> None:
+        """Let `latest` or `best` name a checkpoint."""
+        write_atomically(self.checkpoints / which, folder.name + "\n")
+
+    def remove_old_checkpoints(self, keep: int) -> None:
+        """Remove all but the newest `keep` checkpoints and the best one."""
+        best = self.checkpoints / "best"
+        spared = {best.read_text().strip()} if best.is_file() else set()
+        folders = sorted(self.checkpoints.glob("step-*"))
+        for folder in folders[:-keep]:
+            if folder.name not in spared:
+                shutil.rmtree(folder)
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file's value. Raises UserError when it is missing or damaged."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing") from None
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise UserError(f"{path}: damaged, not JSON") from None
