@@ -1,0 +1,393 @@
+"""The machine: BLAS, device, precision, memory, power, and what `doctor` finds wrong.
+
+`prepare` runs before MLX is imported, so this module imports MLX only inside functions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+MINIMUM_MLX = "0.32.1"  # before it the gradient of a LayerNorm's bias was at times wrong on Apple GPUs (mlx#3630)
+MINIMUM_MACOS = "14"
+LOW_DISK = 5e9
+NO_OPENBLAS = "MLX_HJEPA_NO_OPENBLAS"
+PACKAGE = Path(__file__).resolve().parent
+
+_reason = "reference (libopenblas.so.0 not found)"  # why the CPU back-end has no OpenBLAS
+
+
+# ---------------------------------------------------------------- before MLX is imported
+
+
+def prepare() -> None:
+    """What has to happen before `import mlx.core`; the package's first line calls it."""
+    load_openblas()
+    kernel_cache()
+
+
+def load_openblas() -> str | None:
+    """Load OpenBLAS so that MLX's Linux CPU back-end takes its matrix products from there.
+
+    The wheel brings the reference BLAS, some 40 times slower; symbols loaded globally before it win. Returns what is in
+    use ("openblas 0.3.21, 2 threads"), or None where it is not wanted (macOS, CUDA), not found, or MLX was imported
+    first: then it is too late, and `blas()` says so.
+    """
+    global _reason
+    if sys.platform != "linux" or cuda_package():
+        return None
+    if found := _openblas(None):  # a second call, or LD_PRELOAD
+        return found
+    if os.environ.get(NO_OPENBLAS, "0") not in ("", "0"):
+        _reason = f"reference ({NO_OPENBLAS} is set)"
+    elif "mlx.core" in sys.modules:
+        _reason = "reference (mlx was imported before mlx_hjepa: too late for OpenBLAS)"
+    else:
+        return _openblas("libopenblas.so.0")
+    return None
+
+
+def _openblas(library: str | None) -> str | None:
+    """The version and threads of OpenBLAS in a library, or among the symbols already loaded (None)."""
+    try:
+        blas = ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
+        blas.openblas_get_config.restype = ctypes.c_char_p
+        version = re.search(r"\d[\d.]*", blas.openblas_get_config().decode())
+        return f"openblas {version[0] if version else '?'}, {blas.openblas_get_num_threads()} threads"
+    except (OSError, AttributeError):
+        return None
+
+
+def blas() -> str:
+    """Where matrix products come from: "openblas 0.3.21, 2 threads", "reference (why)", "accelerate", "cublas"."""
+    if sys.platform == "darwin":
+        return "accelerate"
+    return "cublas" if cuda_package() else load_openblas() or _reason
+
+
+def kernel_cache() -> Path | None:
+    """Keep CUDA kernels, compiled at run time, over reboots: minutes saved at the first step. None without CUDA."""
+    if not cuda_package():
+        return None
+    # a folder for each version: MLX itself adds none to a folder it is told
+    os.environ.setdefault("MLX_PTX_CACHE_DIR", str(cache_folder() / "ptx" / (version("mlx") or "unknown")))
+    return Path(os.environ["MLX_PTX_CACHE_DIR"])
+
+
+def cache_folder() -> Path:
+    """Where downloads and compiled kernels stay: $MLX_HJEPA_CACHE, else ~/.cache/mlx-hjepa."""
+    return Path(os.environ.get("MLX_HJEPA_CACHE") or "~/.cache/mlx-hjepa").expanduser()
+
+
+def cuda_package() -> str | None:
+    """The installed CUDA back-end of MLX: its package's name, or None."""
+    return next((name for name in ("mlx-cuda-13", "mlx-cuda-12") if version(name)), None)
+
+
+@cache
+def version(package: str) -> str | None:
+    """An installed package's version, without importing it."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def older(found: str, minimum: str) -> bool:
+    """Whether a version comes before another, by its leading numbers: 0.32.1.dev5 counts as 0.32.1."""
+    def numbers(text: str) -> list[int]:
+        leading = re.match(r"\d+(\.\d+)*", text)
+        parts = [int(n) for n in leading[0].split(".")] if leading else []
+        return parts + [0] * (4 - len(parts))
+    return numbers(found) < numbers(minimum)
+
+
+# ---------------------------------------------------------------- device
+
+
+def kind() -> Literal["metal", "cuda", "cpu"]:
+    """The back-end that MLX computes on by default."""
+    import mlx.core as mx
+
+    if mx.default_device().type != mx.DeviceType.gpu:
+        return "cpu"
+    return "metal" if mx.metal.is_available() else "cuda"
+
+
+def precision(name: str) -> str:
+    """`auto` as this machine's best: see `auto_precision`; any other name is returned as it is."""
+    return auto_precision(kind(), _info().get("architecture", "")) if name == "auto" else name
+
+
+def auto_precision(kind: str, architecture: str) -> str:
+    """bf16 on CUDA and from M3 on (applegpu_g15); fp32 on M1 and M2, which emulate bf16, and on CPUs."""
+    if kind == "metal":
+        generation = re.match(r"applegpu_g(\d+)", architecture)
+        return "bf16" if generation and int(generation[1]) >= 15 else "fp32"
+    return "bf16" if kind == "cuda" else "fp32"
+
+
+def device() -> dict[str, Any]:
+    """What this machine is: kind, name, gpu_cores, memory (bytes), threads, blas, os and versions; null if unknown."""
+    from mlx_hjepa import __version__
+
+    chip = kind()
+    name = _info().get("device_name") if chip == "cuda" else _cpu_name()
+    return {
+        "kind": chip,
+        "name": name or _info().get("device_name") or platform.machine(),
+        "architecture": _info().get("architecture"),
+        "gpu_cores": _gpu_cores() if chip == "metal" else None,
+        "memory": _memory(),
+        "threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "blas": blas(),
+        "os": f"macOS {platform.mac_ver()[0]}" if sys.platform == "darwin" else platform.platform(),
+        "python": platform.python_version(),
+        "versions": {**{p: version(p) for p in ("mlx", "mlx-data", "numpy")}, "mlx-hjepa": __version__},
+    }
+
+
+def environment() -> dict[str, Any]:
+    """`device` and what ran: command, commit and dirty (tracked files changed), null outside a checkout."""
+    commit, dirty = None, None
+    top = _output("git", "-C", str(PACKAGE), "rev-parse", "--show-toplevel")
+    if top and Path(top).resolve() == PACKAGE.parent:  # not the checkout of another project that we are installed into
+        commit = _output("git", "-C", str(PACKAGE), "rev-parse", "HEAD")
+        changes = _output("git", "-C", str(PACKAGE), "status", "--porcelain", "--untracked-files=no")
+        dirty = None if commit is None or changes is None else bool(changes)
+    return {**device(), "commit": commit, "dirty": dirty,
+            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}
+
+
+def peak_memory_gb() -> float:
+    """The most memory that MLX's arrays held since the start or the last reset, in GB (1e9 bytes)."""
+    import mlx.core as mx
+
+    return mx.get_peak_memory() / 1e9
+
+
+def set_cache_limit(gb: float | None = None) -> float:
+    """Bound the freed buffers that MLX keeps for reuse, by default to a quarter of the memory. Returns the limit in GB.
+
+    MLX's own limit is nearly all of the memory, which starves a laptop's other programs; a step of fixed shapes reuses
+    its buffers well below a quarter, and a smaller limit would make it allocate them afresh at every step.
+    """
+    import mlx.core as mx
+
+    gb = _memory() / 4e9 if gb is None else gb
+    mx.set_cache_limit(int(gb * 1e9))
+    return gb
+
+
+def _info() -> dict[str, Any]:
+    import mlx.core as mx
+
+    try:
+        return mx.device_info()
+    except (AttributeError, RuntimeError, ValueError):
+        return {}
+
+
+def _memory() -> int:
+    info = _info()
+    if found := info.get("memory_size") or info.get("total_memory"):
+        return int(found)
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (OSError, ValueError):
+        return 8 * 10**9
+
+
+def _cpu_name() -> str | None:
+    if sys.platform == "darwin":
+        return _output("sysctl", "-n", "machdep.cpu.brand_string")
+    try:
+        found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+        return found[1] if found else None
+    except OSError:
+        return None
+
+
+@cache
+def _gpu_cores() -> int | None:
+    found = re.search(r'"gpu-core-count" = (\d+)', _output("ioreg", "-rd1", "-c", "AGXAccelerator") or "")
+    return int(found[1]) if found else None
+
+
+def _output(*command: str) -> str | None:
+    """What a command prints, or None if it fails or takes over two seconds."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=2, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
+        return None
+
+
+# ---------------------------------------------------------------- power
+
+
+def on_battery(supplies: Path = Path("/sys/class/power_supply")) -> bool | None:
+    """Whether the machine draws from its battery; None where that cannot be told."""
+    if sys.platform == "darwin":
+        drawing = re.search(r"drawing from '(\w+)", _output("pmset", "-g", "batt") or "")
+        return drawing[1] == "Battery" if drawing else None
+    states = []
+    for online in supplies.glob("*/online"):
+        with contextlib.suppress(OSError):
+            if (online.parent / "type").read_text().strip() == "Mains":
+                states.append(online.read_text().strip() == "1")
+    return not any(states) if states else None
+
+
+@contextlib.contextmanager
+def keep_awake(say: Callable[[str], None] = print) -> Iterator[None]:
+    """Keep a Mac from sleeping inside the block; the display may (kept on, it competes with the GPU work)."""
+    process = None
+    if sys.platform == "darwin":
+        with contextlib.suppress(OSError):
+            # a session of its own: Ctrl-C, which lets training save and stop, must not end it first
+            process = subprocess.Popen(["caffeinate", "-i", "-s", "-w", str(os.getpid())], start_new_session=True)
+    if process is None:
+        say("keep-awake does nothing here: it needs macOS's caffeinate")
+    try:
+        yield
+    finally:
+        if process is not None:
+            process.terminate()
+            process.wait()
+
+
+# ---------------------------------------------------------------- doctor
+
+
+class Finding(NamedTuple):
+    level: Literal["ok", "warn", "error"]
+    what: str
+    advice: str = ""
+
+
+def doctor(measure: bool = True) -> list[Finding]:
+    """What is right and wrong with this machine for training. `measure` times matrix products (about a second)."""
+    findings = [*_check_system(), *_check_mlx()]
+    if not any(f.level == "error" for f in findings):
+        findings += [_check_device(), *_check_linux_cpu(measure)]
+    return [*findings, _check_mlx_data(), *_check_disk(), *_check_data_cache()]
+
+
+def _check_system() -> list[Finding]:
+    if sys.platform != "darwin":
+        return []
+    if platform.machine() == "x86_64" or _output("sysctl", "-n", "sysctl.proc_translated") == "1":
+        return [Finding("error", "this is an x86 Python; MLX needs Apple silicon's own",
+                        "install an arm64 Python (python.org, or Homebrew in /opt/homebrew) and make .venv anew")]
+    macos = platform.mac_ver()[0]
+    if older(macos, MINIMUM_MACOS):
+        return [Finding("error", f"macOS {macos} is older than {MINIMUM_MACOS}, which MLX needs", "update macOS")]
+    return [Finding("ok", f"macOS {macos}, arm64 Python {platform.python_version()}")]
+
+
+def _check_mlx() -> list[Finding]:
+    try:
+        import mlx.core  # noqa: F401
+    except ImportError as error:
+        extra = "" if sys.platform == "darwin" else "[cpu]"
+        return [Finding("error", f"MLX does not load: {error}", f"pip install 'mlx{extra}>={MINIMUM_MLX}'")]
+    found = version("mlx") or "0"
+    if older(found, MINIMUM_MLX):
+        return [Finding("warn", f"MLX {found} is older than {MINIMUM_MLX}: its LayerNorm gradients can be wrong",
+                        f"pip install --upgrade 'mlx>={MINIMUM_MLX}'")]
+    return [Finding("ok", f"MLX {found}")]
+
+
+def _check_device() -> Finding:
+    here = device()
+    cores = f", {here['gpu_cores']} GPU cores" if here["gpu_cores"] else ""
+    what = f"{here['name']}{cores}, {here['memory'] / 1e9:.0f} GB, {here['kind']}, auto = {precision('auto')}"
+    if here["kind"] != "cpu":
+        return Finding("ok", what)
+    return Finding("warn", f"no GPU: {what}, {here['threads']} threads",
+                   "fine for the digits demo; train CIFAR presets on Apple silicon or an NVIDIA GPU")
+
+
+def _check_linux_cpu(measure: bool) -> list[Finding]:
+    if sys.platform != "linux" or kind() != "cpu":
+        return []
+    found = blas()
+    worth = f": {matmul_gflops():.0f} GFLOP/s in fp32" if measure else ""
+    if found.startswith("openblas"):
+        without = _gflops_without_openblas() if measure else None
+        findings = [Finding("ok", found + worth + (f", {without:.0f} without it" if without else ""))]
+    else:
+        late = "imported before" in found
+        advice = "import mlx_hjepa before mlx" if late else "sudo apt-get install libopenblas0"
+        findings = [Finding("warn", f"BLAS: {found}{worth}", f"{advice} (products some 40 times faster)")]
+    if shutil.which("g++"):
+        findings.append(Finding("ok", "g++ for mx.compile"))
+    else:
+        findings.append(Finding("warn", "no g++: MLX silently leaves the step uncompiled", "sudo apt-get install g++"))
+    return findings
+
+
+def matmul_gflops(size: int = 1024) -> float:
+    """fp32 matrix product on the CPU, the better of two after a small one that starts the threads, in GFLOP/s."""
+    import mlx.core as mx
+
+    def seconds(n: int) -> float:
+        a = mx.ones((n, n))
+        mx.eval(a)
+        start = time.perf_counter()
+        mx.eval(mx.matmul(a, a, stream=mx.cpu))
+        return time.perf_counter() - start
+
+    seconds(64)
+    return 2 * size**3 / min(seconds(size) for _ in range(2)) / 1e9
+
+
+def _gflops_without_openblas() -> float | None:
+    code = (f"import os, sys; os.environ['{NO_OPENBLAS}'] = '1'; sys.path.insert(0, {str(PACKAGE.parent)!r}); "
+            "from mlx_hjepa import backend; print(backend.matmul_gflops(512))")
+    try:
+        return float(subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=20).stdout)
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return None
+
+
+def _check_mlx_data() -> Finding:
+    if version("mlx-data"):
+        return Finding("ok", f"mlx-data {version('mlx-data')}")
+    return Finding("warn", "no mlx-data: pictures are read as resident arrays and by Pillow",
+                   "pip install mlx-data (wheels: Python 3.10 to 3.13, macOS on Apple silicon and Linux x86-64)")
+
+
+def _check_disk() -> list[Finding]:
+    findings = []
+    for what, folder in (("here", Path.cwd()), (f"in {cache_folder()}", cache_folder())):
+        while not folder.exists():
+            folder = folder.parent
+        free = shutil.disk_usage(folder).free
+        if free < LOW_DISK:
+            findings.append(Finding("warn", f"{free / 1e9:.1f} GB of disk left {what}",
+                                    "a long run and its data want 5 GB: free some, or set MLX_HJEPA_CACHE elsewhere"))
+    return findings or [Finding("ok", "disk space")]
+
+
+def _check_data_cache() -> list[Finding]:
+    from mlx_hjepa.data.cifar import cache_problems
+
+    findings = []
+    for problem in cache_problems(cache_folder()):
+        what, _, advice = problem.replace("\n", " ").rpartition(". ")
+        findings.append(Finding("warn", what or advice, advice if what else "delete its folder and run again"))
+    return findings or [Finding("ok", f"data cache {cache_folder()}")]
