@@ -1,0 +1,174 @@
+"""The encoder: a pre-norm vision transformer without class token, as functions of a dictionary of weights.
+
+Weights carry timm's VisionTransformer names; a Linear's weight is stored (in, out), the transpose of timm's.
+B pictures, n tokens, N = grid * grid tokens of a whole picture, D the width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_hjepa.config import Config
+
+EPS = 1e-6
+GELU_K = math.sqrt(2 / math.pi)
+
+Weights = dict[str, mx.array]
+
+
+def layer_norm(x: mx.array) -> mx.array:
+    """LayerNorm without affine over the last axis; statistics in fp32, result in x's dtype."""
+    return mx.fast.layer_norm(x, None, None, EPS)
+
+
+@mx.custom_function
+def gelu(x: mx.array) -> mx.array:
+    """GELU, tanh form (Hendrycks & Gimpel 2016, section 2), as x * sigmoid(2k(x + 0.044715 x^3)), k = sqrt(2/pi).
+
+    Computed in fp32 inside one kernel. The gradient is made from x again, so that nothing but x is kept for it.
+    """
+    x32 = x.astype(mx.float32)
+    return (x32 / (1 + mx.exp(-2 * GELU_K * x32 * (1 + 0.044715 * x32 * x32)))).astype(x.dtype)
+
+
+@gelu.vjp
+def _gelu_vjp(x, dy, _):
+    x32 = x.astype(mx.float32)
+    square = x32 * x32
+    s = 1 / (1 + mx.exp(-2 * GELU_K * x32 * (1 + 0.044715 * square)))
+    slope = s + x32 * s * (1 - s) * (2 * GELU_K * (1 + 3 * 0.044715 * square))
+    return (slope * dy.astype(mx.float32)).astype(x.dtype)
+
+
+def attention(w: Weights, prefix: str, x: mx.array, heads: int, fused: bool) -> mx.array:
+    """Multi-head self-attention, (B, n, D) -> (B, n, D). `fused` takes MLX's kernel, which has no gradient of its own:
+    under value_and_grad it would be computed twice."""
+    b, n, d = x.shape
+    qkv = mx.addmm(w[f"{prefix}.qkv.bias"], x, w[f"{prefix}.qkv.weight"])
+    q, k, v = (part.reshape(b, n, heads, -1).transpose(0, 2, 1, 3) for part in mx.split(qkv, 3, axis=-1))
+    scale = (d // heads) ** -0.5
+    if fused:
+        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale)
+    else:
+        scores = mx.softmax((q * scale) @ k.transpose(0, 1, 3, 2), axis=-1, precise=True)
+        out = scores @ v
+    out = out.transpose(0, 2, 1, 3).reshape(b, n, d)
+    return mx.addmm(w[f"{prefix}.proj.bias"], out, w[f"{prefix}.proj.weight"])
+
+
+def mlp(w: Weights, prefix: str, x: mx.array) -> mx.array:
+    """Linear, GELU, Linear."""
+    hidden = gelu(mx.addmm(w[f"{prefix}.fc1.bias"], x, w[f"{prefix}.fc1.weight"]))
+    return mx.addmm(w[f"{prefix}.fc2.bias"], hidden, w[f"{prefix}.fc2.weight"])
+
+
+def block(w: Weights, prefix: str, x: mx.array, heads: int, fused: bool, drop=None) -> mx.array:
+    """One pre-norm transformer block. `drop` is None or two (B, 1, 1) factors of the residual branches."""
+    first, second = drop if drop is not None else (None, None)
+    y = mx.fast.layer_norm(x, w[f"{prefix}.norm1.weight"], w[f"{prefix}.norm1.bias"], EPS)
+    y = attention(w, f"{prefix}.attn", y, heads, fused)
+    x = x + (y if first is None else y * first)
+    y = mx.fast.layer_norm(x, w[f"{prefix}.norm2.weight"], w[f"{prefix}.norm2.bias"], EPS)
+    y = mlp(w, f"{prefix}.mlp", y)
+    return x + (y if second is None else y * second)
+
+
+def linear_weights(key: mx.array, inputs: int, outputs: int, name: str, scale: float = 1.0) -> Weights:
+    """Truncated-normal 0.02 weight (cut at 2 sigma) and zero bias."""
+    weight = mx.random.truncated_normal(-2.0, 2.0, (inputs, outputs), key=key) * (0.02 * scale)
+    return {f"{name}.weight": weight, f"{name}.bias": mx.zeros((outputs,))}
+
+
+def norm_weights(dim: int, name: str) -> Weights:
+    return {f"{name}.weight": mx.ones((dim,)), f"{name}.bias": mx.zeros((dim,))}
+
+
+def block_weights(key: mx.array, dim: int, hidden: int, layer: int, prefix: str) -> Weights:
+    """One block's weights. Output projections are scaled by 1/sqrt(2 * layer), layer counted from 1 (as in I-JEPA)."""
+    keys = mx.random.split(key, 4)
+    scale = 1 / math.sqrt(2 * layer)
+    return {
+        **norm_weights(dim, f"{prefix}.norm1"),
+        **linear_weights(keys[0], dim, 3 * dim, f"{prefix}.attn.qkv"),
+        **linear_weights(keys[1], dim, dim, f"{prefix}.attn.proj", scale),
+        **norm_weights(dim, f"{prefix}.norm2"),
+        **linear_weights(keys[2], dim, hidden, f"{prefix}.mlp.fc1"),
+        **linear_weights(keys[3], hidden, dim, f"{prefix}.mlp.fc2", scale),
+    }
+
+
+def positions(grid: int, dim: int) -> np.ndarray:
+    """Fixed 2-D sin-cos positions, (grid * grid, dim): half the width for the row, half for the column; frequencies
+    10000^(-i/(dim/4)) (as in MAE and I-JEPA)."""
+    omega = 10000.0 ** -(np.arange(dim // 4) / (dim / 4))
+    row, column = (axis.reshape(-1, 1) * omega for axis in np.meshgrid(np.arange(grid), np.arange(grid), indexing="ij"))
+    return np.concatenate([np.sin(row), np.cos(row), np.sin(column), np.cos(column)], axis=1).astype(np.float32)
+
+
+def patchify(images: mx.array, patch: int) -> mx.array:
+    """(B, S, S, 3) -> (B, N, patch * patch * 3), patches in reading order, pixels row by row, colour last."""
+    b, size, _, channels = images.shape
+    g = size // patch
+    x = images.reshape(b, g, patch, g, patch, channels).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, g * g, patch * patch * channels)
+
+
+class Encoder:
+    """The shape of an encoder; its weights come with each call."""
+
+    def __init__(self, config: Config):
+        m = config.model
+        assert m.dim is not None and m.depth is not None  # config resolves `size`
+        self.dim, self.depth, self.heads = m.dim, m.depth, m.dim // m.head_dim
+        self.hidden = round(m.dim * m.mlp_ratio)
+        self.patch, self.grid = m.patch, config.grid
+        self.depths = sorted({level.depth for level in m.levels})
+        self.drop_path = m.drop_path
+        self.positions = positions(self.grid, self.dim)
+
+    def init(self, key: mx.array) -> Weights:
+        """Fresh fp32 weights."""
+        keys = mx.random.split(key, self.depth + 1)
+        w = linear_weights(keys[0], self.patch * self.patch * 3, self.dim, "patch_embed.proj")
+        for i in range(self.depth):
+            w |= block_weights(keys[i + 1], self.dim, self.hidden, i + 1, f"blocks.{i}")
+        return w
+
+    def __call__(self, w: Weights, patches: mx.array, index: mx.array | None = None, key: mx.array | None = None,
+                 fused: bool = False) -> list[mx.array]:
+        """The outputs of the levels' depths, each (B, n, D) in the weights' dtype.
+
+        patches: (B, n, patch * patch * 3), only those to be seen; index: (B, n) their places in the grid, None for the
+        whole picture; key: for drop path, None for none; fused: no gradient will be taken.
+        """
+        weight = w["patch_embed.proj.weight"]
+        place = mx.array(self.positions).astype(weight.dtype)
+        place = place if index is None else place[index]
+        x = mx.addmm(w["patch_embed.proj.bias"], patches.astype(weight.dtype), weight) + place
+        drops = self._drops(x.shape[0], x.dtype, key)
+        outputs = []
+        for i in range(self.depth):
+            x = block(w, f"blocks.{i}", x, self.heads, fused, drops[i])
+            if i + 1 in self.depths:
+                outputs.append(x)
+        return outputs
+
+    def _drops(self, batch: int, dtype: mx.Dtype, key: mx.array | None) -> list:
+        """Stochastic depth (Huang et al. 2016): the rate rises linearly to drop_path at the last block."""
+        if key is None or not self.drop_path:
+            return [None] * self.depth
+        keep = 1 - np.linspace(0, self.drop_path, self.depth, dtype=np.float32).reshape(-1, 1, 1, 1, 1)
+        kept = mx.random.uniform(shape=(self.depth, 2, batch, 1, 1), key=key) < mx.array(keep)
+        factors = (kept / mx.array(keep)).astype(dtype)
+        return [(factors[i, 0], factors[i, 1]) for i in range(self.depth)]
+
+
+def pooled_features(outputs: list[mx.array]) -> mx.array:
+    """What a picture is represented by: the mean over tokens of each depth's LayerNorm-ed output.
+
+    outputs: list of (B, N, D) -> (B, depths, D) in fp32.
+    """
+    return mx.stack([layer_norm(h.astype(mx.float32)).mean(axis=1) for h in outputs], axis=1)

@@ -1,0 +1,57 @@
+"""Checkpoints: written under a temporary name, synced, renamed; read back bit for bit. Nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_hjepa.run import Run, UserError, digest, read_json, sync_folder, write_atomically
+from mlx_hjepa.train.step import Layout, State
+
+FORMAT = 1
+FILES = ("model.safetensors", "target.safetensors", "optimizer.safetensors")
+
+
+def save(run: Run, state: State, layout: Layout, progress: dict[str, Any]) -> Path:
+    """Write `checkpoints/step-<step>` and let `latest` name it. progress: JSON values, `step` among them."""
+    folder = run.checkpoints / f"step-{progress['step']:09d}"
+    temporary = run.checkpoints / f".{folder.name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    contents = (
+        layout.views(state.parameters),
+        layout.views(state.target),
+        {"first_moment": state.first_moment, "second_moment": state.second_moment, "guard": state.guard},
+    )
+    for name, arrays in zip(FILES, contents, strict=True):
+        mx.save_safetensors(str(temporary / name), arrays, {"format": "mlx", "mlx_hjepa": str(FORMAT)})
+        with open(temporary / name, "rb") as file:
+            os.fsync(file.fileno())
+    record = {"format": FORMAT, **progress, "digests": {name: digest(temporary / name) for name in FILES}}
+    write_atomically(temporary / "state.json", json.dumps(record, indent=1))
+    if folder.exists():  # a run killed between the rename and `latest` left the same one
+        shutil.rmtree(folder)
+    os.rename(temporary, folder)
+    sync_folder(run.checkpoints)
+    run.point("latest", folder)
+    return folder
+
+
+def load(folder: Path, layout: Layout) -> tuple[State, dict[str, Any]]:
+    """The state and the progress of a checkpoint whose digests were checked (Run.checkpoint). Raises UserError."""
+    progress = read_json(folder / "state.json")
+    if progress.get("format") != FORMAT:
+        raise UserError(f"{folder}: written by another version of mlx-hjepa (format {progress.get('format')}, not {FORMAT})")
+    model, target, optimizer = (mx.load(str(folder / name)) for name in FILES)
+    encoder = {n for n in layout.names if n.startswith("encoder.")}
+    if set(model) != set(layout.names) or set(target) != encoder:
+        raise UserError(f"{folder}: its weights are of another model than its config.yaml describes")
+    state = State(layout.pack(model), optimizer["first_moment"], optimizer["second_moment"], layout.pack(target),
+                  optimizer["guard"])
+    mx.eval(state.arrays())  # mx.load is lazy
+    return state, progress

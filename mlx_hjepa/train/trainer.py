@@ -1,0 +1,339 @@
+"""A run from its first step to its last: schedules, checks, checkpoints, signals, progress."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_hjepa import backend
+from mlx_hjepa.config import Config
+from mlx_hjepa.data.dataset import Dataset, load_dataset, validation_split
+from mlx_hjepa.data.source import batches, order, steps_per_epoch
+from mlx_hjepa.evaluate.features import FrozenEncoder, select
+from mlx_hjepa.evaluate.knn import knn_accuracy
+from mlx_hjepa.model.hjepa import HEALTH_STEP, HJEPA, key_of
+from mlx_hjepa.run import Run, UserError, write_atomically
+from mlx_hjepa.schedule import Schedule
+from mlx_hjepa.train import checkpoint, health
+from mlx_hjepa.train.log import Log, duration, truncate
+from mlx_hjepa.train.step import STATISTICS, State, Step, part
+
+MAY_DIFFER = ("logging", "checkpoints")  # the sections that a resumed run may change
+HEALTH_PICTURES = 512
+SLOWER = 0.9  # of the usual rate: said as a warning
+
+
+def train(config: Config, run: Run, resume: bool = False) -> bool:
+    """Train a run to its end. `resume` continues from its newest checkpoint. Returns False when interrupted.
+
+    Raises UserError: unreadable data, a batch larger than the data, another configuration than the checkpoint's,
+    or training that stays without finite gradients.
+    """
+    return Trainer(config, run, resume).fit()
+
+
+class Trainer:
+    """Holds what a run needs; `fit` is the loop."""
+
+    def __init__(self, config: Config, run: Run, resume: bool):
+        self.config, self.run = config, run
+        self.notes: list[str] = []
+        self.data = load_dataset(config.data, say=self.notes.append)
+        self.epoch_steps = steps_per_epoch(len(self.data.train), config.training.batch)
+        self.schedule = Schedule(config.training, self.epoch_steps)
+        self.precision = backend.precision(config.training.precision)
+        self.model = HJEPA(config, self.data.mean, self.data.std)
+        self.step = Step(self.model, self.schedule, self.precision)
+        self.bank, self.validation = validation_split(len(self.data.train), config.data.split_seed)
+        self.probe = FrozenEncoder(config, {}, self.data.mean, self.data.std)
+        self.alarm = health.Alarm()
+        if resume and (run.checkpoints / "latest").exists():
+            self._restore()
+        else:
+            self.state = self.step.initial_state()
+            self.progress: dict[str, Any] = {
+                "step": 0, "seconds": 0.0, "baseline": None, "level_weights": self._level_weights(None), "best": None,
+                "checked": -1, "probed": 0, "alarm": self.alarm.dump(), "fingerprint": self.data.fingerprint}
+            truncate(run.metrics_file, -1)  # a run killed before its first checkpoint starts anew
+            write_atomically(run.environment_file, json.dumps(self._environment(), indent=1))
+
+    def _environment(self) -> dict[str, Any]:
+        d = self.data
+        dataset = {"name": d.name, "fingerprint": d.fingerprint, "classes": d.classes, "mean": d.mean, "std": d.std,
+                   "train": len(d.train), "note": d.note}
+        return {**backend.environment(), "precision": self.precision, "dataset": dataset}
+
+    def _restore(self) -> None:
+        folder = self.run.checkpoint("latest")
+        self.state, self.progress = checkpoint.load(folder, self.step.layout)
+        if self.progress["fingerprint"] != self.data.fingerprint:
+            raise UserError(f"{self.run.folder}: the training pictures are not those it started with "
+                            f"(fingerprint {self.data.fingerprint[:12]}, then {self.progress['fingerprint'][:12]})")
+        self.alarm = health.Alarm(**self.progress["alarm"])
+        truncate(self.run.metrics_file, self.progress["step"])
+
+    def fit(self) -> bool:
+        backend.set_cache_limit()
+        start, total = self.progress["step"], self.schedule.total
+        began, seconds = time.monotonic(), self.progress["seconds"]
+        with Log(self.run, self.config, total) as self.log, _signals() as asked:
+            self._introduce(start)
+            source = batches(self.data.train, self.config.data.source, self.config.seed, self.config.training.batch,
+                             start, total, self.config.data.threads)
+            pace = Pace(self.config.training.batch, total, start)
+            saved, previous, waiting = time.monotonic(), None, []
+            for step in range(start, total + 1):
+                self.progress |= {"step": step, "seconds": seconds + time.monotonic() - began}
+                with pace.aside():
+                    self._look(step)
+                    if (step > start and self._due(step, saved)) or asked():
+                        self._report(step, waiting, pace)
+                        self._save()
+                        saved, waiting = time.monotonic(), []
+                if step == total or asked():
+                    break
+                scalars = self.step.scalars(step, self.progress["level_weights"])
+                self.state, stats = self.step(self.state, next(source), key_of(self.config.seed, step), scalars)
+                mx.async_eval(self.state.arrays(), stats)
+                if previous is not None:
+                    mx.eval(previous)  # one step is prepared while the one before it runs
+                previous = stats
+                waiting.append(stats)
+                if step == start:
+                    pace.first(stats)
+                if (step + 1) % self.config.logging.every_steps == 0:
+                    self._report(step + 1, waiting, pace)
+                    waiting = []
+            return self._conclude(step)
+
+    def _introduce(self, start: int) -> None:
+        c, sizes = self.config, self.step.layout
+        for note in self.notes:
+            self.log.line(note)
+        device = backend.device()
+        self.log.line(f"{self.run.folder}: {c.model.dim} x {c.model.depth} encoder, {sizes.encoder_size / 1e6:.1f} M weights, "
+                      f"predictor {(sizes.size - sizes.encoder_size) / 1e6:.1f} M; {len(self.data.train):,} pictures of "
+                      f"{self.data.name}, {self.schedule.total:,} steps of {c.training.batch}; "
+                      f"{self.precision} on {device['name']}")
+        if start:
+            self.log.line(f"resumed at step {start:,} of {self.schedule.total:,}")
+        if backend.on_battery():
+            self.log.line("warning: running on battery: plug the machine in, or it slows down and may stop")
+        self.log.record("resume" if start else "start", start, total=self.schedule.total, epoch_steps=self.epoch_steps,
+                        batch=c.training.batch, precision=self.precision, device=device["name"])
+
+    def _every(self, step: int, epochs: float) -> bool:
+        period = max(1, round(epochs * self.epoch_steps))
+        return epochs > 0 and step > 0 and step % period == 0
+
+    def _due(self, step: int, saved: float) -> bool:
+        """Whether a checkpoint is due: by minutes, by epochs, at the end, or because the run was never better."""
+        c, best = self.config.checkpoints, self.progress["best"]
+        return (time.monotonic() - saved > 60 * c.every_minutes or step == self.schedule.total
+                or self._every(step, c.every_epochs) or (best is not None and best["step"] == step))
+
+    def _look(self, step: int) -> None:
+        """Health and online k-NN where they are due; once each, also when a run resumes at that very step."""
+        last = step == self.schedule.total
+        if self.progress["checked"] < step and (step == 0 or last or self._every(step, self.config.logging.health_every)):
+            self._check_health(step)
+        labelled = self.data.train.labels is not None and self.config.logging.knn_every
+        if labelled and self.progress["probed"] < step and (last or self._every(step, self.config.logging.knn_every)):
+            self._probe(step)
+
+    def _weights(self) -> dict[str, mx.array]:
+        return part(self.step.layout.views(self.state.target), "encoder")
+
+    def _features(self, indices: np.ndarray) -> np.ndarray:
+        self.probe.weights = self._weights()
+        return self.probe.extract(self.data.train, indices)
+
+    def _check_health(self, step: int) -> None:
+        chosen = order(self.config.data.split_seed, 0, len(self.data.train))[:HEALTH_PICTURES]
+        images = mx.array(self.data.train.read(np.asarray(chosen)))
+        values = self.step.health(self.state, images, key_of(self.config.seed, HEALTH_STEP))
+        loss, base, cosine = ([float(v) for v in np.array(value)] for value in values)
+        found = {"loss": loss, "baseline": base, "cosine": cosine, **health.statistics(self._features(self.validation))}
+        reason = self.alarm.check(found)
+        self.progress |= {"checked": step, "baseline": base, "level_weights": self._level_weights(base),
+                          "alarm": self.alarm.dump()}
+        self.log.record("health", step, epoch=step / self.epoch_steps, **found, alarm=reason)
+        if reason:
+            self.log.line(f"COLLAPSE at step {step}: {reason}.\n  {health.ADVICE}")
+        self.found = found
+
+    def _level_weights(self, base: list[float] | None) -> list[float]:
+        chosen, levels = self.config.model.level_weights, len(self.config.model.levels)
+        if isinstance(chosen, list):
+            return chosen
+        return [1 / max(b, 1e-6) for b in base] if chosen == "balanced" and base else [1.0] * levels
+
+    def _probe(self, step: int) -> None:
+        labels = self.data.train.labels
+        assert labels is not None
+        bank, queries = self._features(self.bank), self._features(self.validation)
+        scores = {}
+        for level in ("last", "levels"):
+            k = min(20, len(self.bank))
+            result = knn_accuracy(select(bank, self.probe.depths, level), labels[self.bank],
+                                  select(queries, self.probe.depths, level), labels[self.validation],
+                                  len(self.data.classes), ks=(k,), headline=(k, 0.07))
+            scores[level] = result.top1
+        self.progress["probed"] = step
+        self.log.record("knn", step, epoch=step / self.epoch_steps, **scores)
+        self.log.line(f"epoch {step / self.epoch_steps:.1f}: online k-NN {100 * scores['levels']:.1f} % (levels), "
+                      f"{100 * scores['last']:.1f} % (last), on {len(self.validation):,} held-out training pictures")
+        if self.progress["best"] is None or scores["levels"] > self.progress["best"]["knn"]:
+            self.progress["best"] = {"step": step, "knn": scores["levels"]}
+
+    def _save(self) -> None:
+        folder = checkpoint.save(self.run, self.state, self.step.layout,
+                                 {**self.progress, "config": self.config.model_dump(mode="json")})
+        best = self.progress["best"]
+        if best and best["step"] == self.progress["step"]:
+            self.run.point("best", folder)
+        self.run.remove_old_checkpoints(self.config.checkpoints.keep)
+
+    def _report(self, step: int, waiting: list[mx.array], pace: Pace) -> None:
+        """A log line of the steps since the last one; here alone the device's numbers are read."""
+        if not waiting:
+            return
+        rows = np.array(mx.stack(waiting), np.float64)
+        rate = pace.lap(step, len(waiting))
+        finite = rows[np.isfinite(rows[:, 0])]
+        means = (finite if len(finite) else rows).mean(axis=0)
+        values = dict(zip(STATISTICS, means[: len(STATISTICS)], strict=True))
+        base, weights = self.progress["baseline"], self.progress["level_weights"]
+        ratio = values["loss"] * sum(weights) / float(np.dot(base, weights)) if base else None
+        values |= {"bad": int(rows[-1, 2]), "bad_in_a_row": int(rows[-1, 3]), "loss_scale": rows[-1, 4]}
+        peak = backend.peak_memory_gb()
+        self.log.record("train", step, epoch=step / self.epoch_steps, steps=len(waiting), loss_ratio=ratio, **values,
+                        levels=list(means[len(STATISTICS):]), lr=self.schedule.lr(step - 1),
+                        weight_decay=self.schedule.weight_decay(step - 1), momentum=self.schedule.momentum(step - 1),
+                        it_s=rate, img_s=rate * self.config.training.batch, peak_gb=peak,
+                        first_step_seconds=pace.first_step, seconds=self.progress["seconds"])
+        shown = f"{ratio:.3f}" if ratio is not None else "-"
+        self.log.status(step, f"epoch {step / self.epoch_steps:.2f}/{self.config.training.epochs} step {step:,}  "
+                              f"loss {values['loss']:.4f} ratio {shown}  lr {self.schedule.lr(step - 1):.2e}  "
+                              f"{rate * self.config.training.batch:,.0f} img/s {rate:.2f} it/s  {peak:.1f} GB  "
+                              f"{self._health_words()}  {pace.left(step)}")
+        self._warn(values, pace, rate)
+
+    def _health_words(self) -> str:
+        rank = getattr(self, "found", None)
+        if rank is None:
+            return "health -"
+        return f"rank {rank['effective_rank'][-1]:.0f} std {rank['std'][-1]:.2f}"
+
+    def _warn(self, values: dict[str, Any], pace: Pace, rate: float) -> None:
+        if pace.slowed(rate):
+            self.log.line(f"warning: {rate:.2f} it/s, {100 * (1 - rate / pace.usual):.0f} % slower than at the start "
+                          "(heat, battery, or other programs)")
+        if values["bad_in_a_row"] >= self.config.training.max_bad_steps:
+            raise UserError(f"{values['bad_in_a_row']} steps in a row without a finite gradient: training stopped at the "
+                            "last checkpoint.\nTry training.lr 3x lower, a longer training.warmup_epochs, or "
+                            "training.precision: fp32 (in a new run)")
+
+    def _conclude(self, step: int) -> bool:
+        done = step == self.schedule.total
+        self.log.record("end", step, finished=done, seconds=self.progress["seconds"],
+                        pictures_seen=step * self.config.training.batch)
+        if done:
+            self.log.line(f"finished {self.config.training.epochs} epochs in {duration(self.progress['seconds'])}. "
+                          f"Score it: mlx-hjepa eval {self.run.folder} --knn --linear")
+        else:
+            self.log.line(f"stopped and saved at step {step:,}. Go on with: mlx-hjepa train {self.run.folder} --resume")
+        return done
+
+
+class Pace:
+    """Rates and the time left, with what is not training taken out of the rates."""
+
+    def __init__(self, batch: int, total: int, start: int):
+        self.batch, self.total, self.start = batch, total, start
+        self.began = self.mark = time.monotonic()
+        self.apart = 0.0
+        self.rates: list[float] = []
+        self.first_step: float | None = None
+        self.skipped = 0
+        self.warned = False
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Time spent here is no training time."""
+        before = time.monotonic()
+        yield
+        self.apart += time.monotonic() - before
+
+    def first(self, result: mx.array) -> None:
+        """Wait for the first step, whose compilation is told apart."""
+        before = self.mark
+        mx.eval(result)
+        self.first_step = time.monotonic() - before - self.apart
+        self.mark, self.apart, self.skipped = time.monotonic(), 0.0, 1
+
+    def lap(self, step: int, steps: int) -> float:
+        """Steps a second since the last lap."""
+        now = time.monotonic()
+        counted = max(1, steps - self.skipped)
+        rate = counted / max(1e-9, now - self.mark - self.apart)
+        self.mark, self.apart, self.skipped = now, 0.0, 0
+        self.rates.append(rate)
+        return rate
+
+    @property
+    def usual(self) -> float:
+        return statistics.median(self.rates[1:11]) if len(self.rates) > 10 else 0.0
+
+    def slowed(self, rate: float) -> bool:
+        """Whether the last three laps were more than 10 % below the usual rate; told once until it recovers."""
+        slow = self.usual > 0 and max(self.rates[-3:]) < SLOWER * self.usual
+        told, self.warned = self.warned, slow
+        return slow and not told
+
+    def left(self, step: int) -> str:
+        """The time left and the clock time of the end, from the whole process's pace, checks included."""
+        done = max(1, step - self.start)
+        seconds = (time.monotonic() - self.began) / done * (self.total - step)
+        return f"{duration(seconds)} left, ends {time.strftime('%a %H:%M', time.localtime(time.time() + seconds))}"
+
+
+@contextmanager
+def _signals() -> Iterator[Callable[[], bool]]:
+    """SIGINT and SIGTERM ask the loop to finish its step and save; a second SIGINT exits at once."""
+    asked: list[int] = []
+
+    def handle(number: int, _: Any) -> None:
+        if asked and number == signal.SIGINT:
+            os._exit(130)
+        asked.append(number)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def same_run(config: Config, run: Run) -> None:
+    """Refuse to resume with another configuration. Raises UserError naming the first key that differs."""
+    now, then = (c.model_dump(mode="json", exclude=set(MAY_DIFFER)) for c in (config, run.config))
+    for section, value in now.items():
+        if value == then[section]:
+            continue
+        keys = [f"{section}.{k}" for k in value if value[k] != then[section][k]] if isinstance(value, dict) else [section]
+        raise UserError(f"{run.folder} was started with another {keys[0]}; a resumed run may change only "
+                        f"{' and '.join(MAY_DIFFER)}. Start a new run, or resume with: mlx-hjepa train {run.folder} --resume")
+
+
+__all__ = ["Dataset", "State", "Trainer", "same_run", "train"]
