@@ -1,0 +1,128 @@
+"""Features of pictures from a frozen encoder: whole pictures, no mask, no augmentation, fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_hjepa.config import Config
+from mlx_hjepa.data.augment import normalise, resize
+from mlx_hjepa.data.dataset import Pictures
+from mlx_hjepa.model.hjepa import HJEPA
+from mlx_hjepa.model.vit import Encoder, Weights, patchify, pooled_features
+from mlx_hjepa.run import Run, UserError
+
+BATCH = 256
+
+
+class FrozenEncoder:
+    """An encoder with its weights, for evaluation.
+
+    A picture's feature at a depth is the mean over tokens of the LayerNorm-ed output there. `depths` names them.
+    """
+
+    def __init__(self, config: Config, weights: Weights, mean: tuple[float, ...], std: tuple[float, ...]):
+        self.config, self.weights, self.mean, self.std = config, weights, mean, std
+        self.encoder = Encoder(config)
+        self.depths, self.dim = self.encoder.depths, self.encoder.dim
+        self._forward = mx.compile(self._pooled)
+
+    def _pooled(self, weights: Weights, images: mx.array) -> mx.array:
+        return pooled_features(self.encoder(weights, self._patches(images), fused=True))
+
+    def _patches(self, images: mx.array) -> mx.array:
+        x = normalise(resize(images, self.config.data.image_size), self.mean, self.std)
+        return patchify(x, self.config.model.patch)
+
+    def depth_features(self, images: np.ndarray, mirror: bool = False) -> np.ndarray:
+        """uint8 (n, H, W, 3), all of one size -> float32 (n, depths, D). mirror: of the mirror images."""
+        if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
+            raise ValueError(f"images must be uint8 (n, H, W, 3), not {images.dtype} {images.shape}")
+        out = np.empty((len(images), len(self.depths), self.dim), np.float32)
+        for start in range(0, len(images), BATCH):
+            x = np.ascontiguousarray(images[start : start + BATCH, :, :: -1 if mirror else 1])
+            short = min(BATCH, len(images)) - len(x)  # one shape, one trace
+            padded = np.concatenate([x, np.zeros((short, *x.shape[1:]), np.uint8)]) if short else x
+            out[start : start + len(x)] = np.array(self._forward(self.weights, mx.array(padded)))[: len(x)]
+        return out
+
+    def features(self, images: np.ndarray, level: Literal["last", "levels"] | int = "levels") -> np.ndarray:
+        """uint8 (n, H, W, 3) -> float32 (n, D): `last`, a depth's number, or `levels`, every depth's concatenated."""
+        return select(self.depth_features(np.asarray(images)), self.depths, level)
+
+    def extract(self, pictures: Pictures, indices: np.ndarray, mirror: bool = False,
+                progress: Callable[[int], None] | None = None) -> np.ndarray:
+        """Features of a split's pictures, float32 (len(indices), depths, D), read in blocks of bounded memory."""
+        out = np.empty((len(indices), len(self.depths), self.dim), np.float32)
+        for start in range(0, len(indices), BATCH):
+            block = indices[start : start + BATCH]
+            images = pictures.read(block)
+            if len(block) < BATCH < len(indices):
+                images = np.concatenate([images, np.zeros((BATCH - len(block), *images.shape[1:]), np.uint8)])
+            out[start : start + len(block)] = self.depth_features(images, mirror)[: len(block)]
+            if progress:
+                progress(len(block))
+        return out
+
+
+def select(features: np.ndarray, depths: list[int], level: str | int) -> np.ndarray:
+    """(n, depths, D) -> (n, D) of `last` or of one depth, or (n, depths * D) of `levels`."""
+    if level == "levels":
+        return features.reshape(len(features), -1)
+    if level == "last":
+        return features[:, -1]
+    if level not in depths:
+        raise ValueError(f"level must be 'last', 'levels' or a depth of {depths}, not {level!r}")
+    return features[:, depths.index(level)]
+
+
+def load(path: str | Path, encoder: Literal["target", "context"] = "target", checkpoint: str = "latest") -> FrozenEncoder:
+    """The encoder of a run, or of a published folder under docs/results. Raises UserError.
+
+    path: the run's folder, or its name under results/. checkpoint: latest, best, or a checkpoint's folder.
+    """
+    run = Run.open(path)
+    if run.published_weights:
+        if encoder != "target":
+            raise UserError(f"{run.folder}: only the target encoder was published")
+        weights = read_weights(run.published_weights)
+    else:
+        folder = run.checkpoint(checkpoint)
+        weights = read_weights([folder / ("target.safetensors" if encoder == "target" else "model.safetensors")])
+    weights = {n.removeprefix("encoder."): w for n, w in weights.items() if not n.startswith("predictor.")}
+    return frozen(run, weights)
+
+
+def frozen(run: Run, weights: Weights) -> FrozenEncoder:
+    """Weights checked against the run's configuration. Raises UserError when they are of another model."""
+    config, dataset = run.config, run.environment["dataset"]
+    expected = {n: w.shape for n, w in Encoder(config).init(mx.random.key(0)).items()}
+    wrong = [n for n in expected.keys() | weights.keys() if n not in weights or weights[n].shape != expected.get(n)]
+    if wrong:
+        raise UserError(f"{run.folder}: its weights do not fit its config.yaml, or were written by other code; "
+                        f"the first of {len(wrong)} that differ: {min(wrong)}")
+    return FrozenEncoder(config, weights, tuple(dataset["mean"]), tuple(dataset["std"]))
+
+
+def random_encoder(run: Run) -> FrozenEncoder:
+    """The untrained encoder of the run's own seed, as it was at step 0."""
+    dataset = run.environment["dataset"]
+    mean, std = tuple(dataset["mean"]), tuple(dataset["std"])
+    return FrozenEncoder(run.config, HJEPA(run.config, mean, std).init()[0], mean, std)
+
+
+def read_weights(files: list[Path]) -> Weights:
+    """Named arrays of safetensors files, in fp32. Raises UserError for a damaged one."""
+    weights: Weights = {}
+    for file in files:
+        try:
+            part = mx.load(str(file))
+            weights |= {n: w.astype(mx.float32) for n, w in part.items()}
+            mx.eval(weights)  # mx.load is lazy: read now, or not at all
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"{file}: cannot be read ({str(error).splitlines()[0]})") from None
+    return weights

@@ -1,0 +1,142 @@
+"""What is evaluated: an encoder, or raw pixels, and its features on each split, computed once and kept under the run."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_hjepa.data.augment import resize
+from mlx_hjepa.data.dataset import Dataset, Pictures, validation_split
+from mlx_hjepa.evaluate import Features
+from mlx_hjepa.evaluate.features import BATCH, FrozenEncoder, select
+from mlx_hjepa.run import UserError, sync_folder
+
+RAW_SIZE = 32  # larger pictures are reduced to this for the raw-pixel row
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The pictures a report is about: a bank to learn from, a test split to score on, and rows of the bank held out to
+    choose on. Labels are int (n,)."""
+
+    train: Pictures
+    train_rows: np.ndarray
+    validation: np.ndarray
+    test: Pictures
+    test_rows: np.ndarray
+    classes: list[str]
+    note: str | None
+
+    @property
+    def train_labels(self) -> np.ndarray:
+        assert self.train.labels is not None
+        return self.train.labels[self.train_rows]
+
+    @property
+    def test_labels(self) -> np.ndarray:
+        assert self.test.labels is not None
+        return self.test.labels[self.test_rows]
+
+
+def splits(dataset: Dataset, split_seed: int, subset: int | None = None) -> Splits:
+    """All training pictures as the bank and the whole test split; `subset` takes that many of each, spread evenly.
+
+    Without a test split the validation pictures are scored and left out of the bank. Raises UserError without labels.
+    """
+    if dataset.train.labels is None:
+        raise UserError("these pictures have no labels, so there is nothing to score. Lay them out as train/<class>/*, "
+                        "or take their features: mlx-hjepa embed")
+    rows, note = np.arange(len(dataset.train)), None
+    if dataset.test is None:
+        held = validation_split(len(rows), split_seed)[1]
+        rows, test, test_rows = np.setdiff1d(rows, held), dataset.train, held
+        note = f"no test split: scored on {len(held)} training pictures held out from the probes"
+    else:
+        test, test_rows = dataset.test, np.arange(len(dataset.test))
+    if test.labels is None:
+        raise UserError("the test pictures have no labels")
+    rows, test_rows = (_spread(r, subset) for r in (rows, test_rows))
+    return Splits(dataset.train, rows, validation_split(len(rows), split_seed)[1], test, test_rows, dataset.classes, note)
+
+
+def _spread(rows: np.ndarray, count: int | None) -> np.ndarray:
+    return rows if count is None or count >= len(rows) else rows[np.linspace(0, len(rows) - 1, count).astype(int)]
+
+
+class Subject:
+    """One row of the table. `depths` is empty for raw pixels, whose only level is `last`."""
+
+    def __init__(self, name: str, split: Splits, encoder: FrozenEncoder | None, cache: Path | None = None, key: str = "",
+                 progress: Progress | None = None):
+        self.name, self.split, self.encoder = name, split, encoder
+        self.cache, self.key, self.progress = cache, key, progress
+        self.depths = encoder.depths if encoder else []
+        self._kept: dict[tuple[str, bool], np.ndarray] = {}
+
+    @property
+    def levels(self) -> list[str | int]:
+        """What can be scored: `last`, and for an encoder of several depths `levels` and each depth but the last."""
+        return ["last"] if len(self.depths) < 2 else ["last", "levels", *self.depths[:-1]]
+
+    def depth_features(self, split: str, mirror: bool = False) -> np.ndarray:
+        """(n, depths, D) of `train` or `test`; raw pixels are one depth."""
+        if (split, mirror) not in self._kept:
+            self._kept[split, mirror] = self._cached(split, mirror)
+        return self._kept[split, mirror]
+
+    def _cached(self, split: str, mirror: bool) -> np.ndarray:
+        if self.cache is None or self.encoder is None:
+            return self._compute(split, mirror)
+        rows = self.split.train_rows if split == "train" else self.split.test_rows
+        print_of = hashlib.sha256(f"{self.key} {split} {mirror} ".encode() + rows.tobytes()).hexdigest()[:16]
+        file = self.cache / f"{self.name}-{split}{'-mirror' if mirror else ''}-{print_of}.npy"
+        if file.exists():
+            return np.load(file)
+        found = self._compute(split, mirror)
+        self.cache.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_suffix(".tmp.npy")
+        np.save(temporary, found)
+        temporary.replace(file)
+        sync_folder(self.cache)
+        return found
+
+    def _compute(self, split: str, mirror: bool) -> np.ndarray:
+        s = self.split
+        pictures, rows = (s.train, s.train_rows) if split == "train" else (s.test, s.test_rows)
+        done = 0
+
+        def step(count: int) -> None:
+            nonlocal done
+            done += count
+            if self.progress:
+                self.progress(f"{self.name}: {split}{' mirrored' if mirror else ''}", done, len(rows))
+
+        if self.encoder:
+            return self.encoder.extract(pictures, rows, mirror, step)
+        out = []
+        for start in range(0, len(rows), BATCH):
+            images = pictures.read(rows[start : start + BATCH])
+            out.append(_pixels(images[:, :, ::-1] if mirror else images))
+            step(len(out[-1]))
+        return np.concatenate(out)[:, None]
+
+    def features(self, split: str, level: str | int, mirror: bool = False) -> Features:
+        """Features of a level with their labels."""
+        labels = self.split.train_labels if split == "train" else self.split.test_labels
+        plain = select(self.depth_features(split), self.depths, level)
+        other = select(self.depth_features(split, True), self.depths, level) if mirror else None
+        return Features(plain, labels.astype(np.int64), other)
+
+
+def _pixels(images: np.ndarray) -> np.ndarray:
+    """uint8 (n, H, W, 3) -> float32 (n, pixels * 3) in 0..1, at most RAW_SIZE a side."""
+    x = images.astype(np.float32)
+    if max(images.shape[1:3]) > RAW_SIZE:
+        x = np.array(resize(mx.array(x), RAW_SIZE))
+    return x.reshape(len(x), -1) / 255
