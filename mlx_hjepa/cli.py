@@ -42,7 +42,8 @@ def main() -> None:
 
 @main.command()
 @click.argument("config")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, such as training.lr=1e-3.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE",
+              help="Override a key, such as training.lr=1e-3.")
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint of this run.")
 @click.option("--keep-awake", is_flag=True, help="Keep a Mac from sleeping while it trains.")
 @friendly
@@ -62,7 +63,11 @@ def train(config: str, overrides: tuple[str, ...], resume: bool, keep_awake: boo
     if resume:
         trainer.same_run(settings, run)
     with backend.keep_awake(click.echo) if keep_awake else contextlib.nullcontext():
-        trainer.train(settings, run, resume)
+        try:
+            trainer.train(settings, run, resume)
+        finally:
+            if not resume:
+                run.remove_if_empty()
 
 
 @main.command("eval")
@@ -81,11 +86,12 @@ def evaluate(run: str | None, knn: bool, linear: bool, checkpoint: str, encoder:
 
     chosen = Run.open(run) if run else Run.newest()
     console = Console(stderr=True)
+    shown = console.is_terminal
     with console.status("") as status:
         result = report.evaluate(
             chosen, knn or not linear, linear or not knn, encoder, checkpoint, subset,  # type: ignore[arg-type]
             say=lambda text: console.print(text, highlight=False, markup=False),
-            progress=(lambda what, done, of: status.update(f"{what} {done:,} of {of:,}")) if console.is_terminal else None)
+            progress=(lambda what, done, of: status.update(f"{what} {done:,} of {of:,}")) if shown else None)
     if as_json:
         click.echo(json.dumps(result))
     else:
@@ -96,7 +102,8 @@ def evaluate(run: str | None, knn: bool, linear: bool, checkpoint: str, encoder:
 @main.command()
 @click.option("--dataset", type=click.Choice(["cifar10", "cifar100", "digits", "folder"]), default="cifar10")
 @click.option("--root", help="An unpacked archive, or a folder of pictures.")
-@click.option("--on-corrupt", type=click.Choice(["error", "skip"]), default="error", help="What a corrupt picture does.")
+@click.option("--on-corrupt", type=click.Choice(["error", "skip"]), default="error",
+              help="What a corrupt picture does.")
 @as_json
 @friendly
 def data(dataset: str, root: str | None, on_corrupt: str, as_json: bool) -> None:

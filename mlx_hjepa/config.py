@@ -12,7 +12,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 SIZES = {"vit_tiny": (192, 12), "vit_small": (384, 12), "vit_base": (768, 12), "vit_wide": (384, 6)}
 
@@ -23,6 +33,14 @@ class ConfigError(Exception):
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML reads `yes` and `on` as true, and pydantic would take true for 1."""
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("cannot be true or false")
+        return value
 
 
 def _ordered(pair: tuple[float, float]) -> tuple[float, float]:
@@ -109,7 +127,8 @@ class Model(Section):
         if not depths:
             raise ValueError("levels needs at least one depth")
         if max(depths) != self.depth:
-            raise ValueError(f"levels: the deepest is {max(depths)}, the encoder has {self.depth} blocks; they must agree")
+            raise ValueError(f"levels: the deepest is {max(depths)}, the encoder has {self.depth} blocks; "
+                             "they must agree")
         if sorted(depths) != depths:
             raise ValueError(f"levels must be in order of depth; found {depths}")
         if isinstance(self.level_weights, list) and len(self.level_weights) != len(depths):
@@ -118,11 +137,11 @@ class Model(Section):
 
 
 def _check_heads(key: str, dim: int, head_dim: int) -> None:
-    if dim % head_dim:
-        divisors = [d for d in range(8, 257, 8) if dim % d == 0]
-        raise ValueError(f"{key} {dim} is no multiple of head_dim {head_dim}; head_dim can be {divisors}")
     if dim % 4:
         raise ValueError(f"{key} {dim} must be a multiple of 4 (2-D sin-cos positions)")
+    if dim % head_dim:
+        divisors = [d for d in range(4, 257, 4) if dim % d == 0]
+        raise ValueError(f"{key} {dim} is no multiple of head_dim {head_dim}; head_dim can be {divisors}")
 
 
 class Predictor(Section):
@@ -235,18 +254,31 @@ class Config(Section):
 
     def dump(self) -> str:
         """The resolved configuration as YAML."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=120)
+        values = self.model_dump(mode="json")
+        return yaml.dump(values, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=120)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `1e-4` as a word; this loader reads it as the number that was meant."""
+    """YAML 1.1 reads `1e-4` as a word; this loader reads it as the number that was meant. A key given twice, of which
+    PyYAML would take the last, is an error."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$|^[-+]?\.\d+([eE][-+]?\d+)?$"),
-    list("-+0123456789."),
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes the words that `_Loader` would read as numbers."""
+
+
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$|^[-+]?\.\d+([eE][-+]?\d+)?$"),
+        list("-+0123456789."),
+    )
 
 
 def parse_yaml(text: str) -> Any:
@@ -314,7 +346,7 @@ def _explain(where: str, error: Any) -> str:
     key = ".".join(path)
     if error["type"] == "extra_forbidden":
         known = _keys_beside(path)
-        near = difflib.get_close_matches(path[-1], known, 1, 0.5)
+        near = difflib.get_close_matches(path[-1].lower(), known, 1, 0.5)
         elsewhere = [k for k in _all_keys() if k.split(".")[-1] == path[-1]]
         hint = (f"did you mean {'.'.join([*path[:-1], near[0]])}?" if near else
                 f"did you mean {elsewhere[0]}?" if elsewhere else f"the keys here are {', '.join(known)}")

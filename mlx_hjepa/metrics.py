@@ -58,12 +58,13 @@ def singular_spectrum(features: np.ndarray) -> np.ndarray:
     return _singular_values(features, centre=True)
 
 
-def effective_rank(features: np.ndarray) -> float:
+def effective_rank(features: np.ndarray, spectrum: np.ndarray | None = None) -> float:
     """exp(entropy of sigma / sum(sigma)), sigma the singular values of the centred, unwhitened features (N, D).
 
     Between 1 (also for constant features) and min(N - 1, D). Roy & Vetterli 2007, "The effective rank".
+    spectrum: their singular_spectrum, where it is at hand.
     """
-    return _entropy_rank(singular_spectrum(features), eps=0.0)
+    return _entropy_rank(singular_spectrum(features) if spectrum is None else spectrum, eps=0.0)
 
 
 def rankme(features: np.ndarray, eps: float = 1e-7) -> float:
@@ -83,13 +84,15 @@ def normalised_std(features: np.ndarray) -> float:
     return float(values.std(axis=0).mean() * math.sqrt(values.shape[1]))
 
 
-def alpha_req(features: np.ndarray, first: int = 5, last: int = 100) -> float | None:
+def alpha_req(features: np.ndarray, first: int = 5, last: int = 100,
+              spectrum: np.ndarray | None = None) -> float | None:
     """The slope alpha of log(lambda_i) = c - alpha log(i), lambda the eigenvalues of the covariance, largest first.
 
     Plain least squares over i = first .. min(last, number of eigenvalues above zero), counted from 1. Good features lie
     near 1. None with fewer than five eigenvalues to fit. Agrawal et al. 2022 (alpha-ReQ, NeurIPS).
+    spectrum: their singular_spectrum, where it is at hand.
     """
-    sigma = singular_spectrum(features)
+    sigma = singular_spectrum(features) if spectrum is None else spectrum
     last = min(last, int(np.count_nonzero(sigma)))
     if last - first + 1 < 5:
         return None

@@ -22,11 +22,15 @@ class UserError(Exception):
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file whole or not at all: temporary name, fsync, rename."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:  # a full disk must not keep the half of it
+        temporary.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
 
 
@@ -148,32 +152,45 @@ class Run:
         if which in ("latest", "best"):
             pointer = self.checkpoints / which
             if not pointer.is_file():
-                raise UserError(f"{self.folder}: no {which} checkpoint yet. Train on: mlx-hjepa train {self.folder} --resume")
+                raise UserError(f"{self.folder}: no {which} checkpoint yet. "
+                                f"Train on: mlx-hjepa train {self.folder} --resume")
             folder = self.checkpoints / pointer.read_text().strip()
         else:
             folder = Path(which) if Path(which).is_dir() else self.checkpoints / which
         state = folder / "state.json"
         if not state.is_file():
             raise UserError(f"{folder}: not a checkpoint (no state.json)")
-        for name, expected in read_json(state)["digests"].items():
+        record = read_json(state)
+        if not isinstance(record, dict) or not record.get("digests"):
+            raise UserError(f"{state}: damaged. Use another checkpoint: "
+                            f"--checkpoint best, or one of {self.checkpoints}")
+        for name, expected in record["digests"].items():
             file = folder / name
             if not file.is_file() or digest(file) != expected:
                 raise UserError(f"{file}: {'damaged' if file.is_file() else 'missing'}. Use another checkpoint: "
                                 f"--checkpoint best, or one of {self.checkpoints}")
         return folder
 
+    def remove_if_empty(self) -> None:
+        """Remove the folder of a run that never began, say for want of its data: the newest run is a trained one."""
+        begun = self.metrics_file.exists() and self.metrics_file.stat().st_size
+        if not begun and not any(self.checkpoints.glob("*")):
+            shutil.rmtree(self.folder)
+
     def point(self, which: str, folder: Path) -> None:
         """Let `latest` or `best` name a checkpoint."""
         write_atomically(self.checkpoints / which, folder.name + "\n")
 
     def remove_old_checkpoints(self, keep: int) -> None:
-        """Remove all but the newest `keep` checkpoints and the best one."""
+        """Remove all but the newest `keep` checkpoints and the best one; and what a killed process left unfinished."""
         best = self.checkpoints / "best"
         spared = {best.read_text().strip()} if best.is_file() else set()
         folders = sorted(self.checkpoints.glob("step-*"))
         for folder in folders[:-keep]:
             if folder.name not in spared:
                 shutil.rmtree(folder)
+        for folder in self.checkpoints.glob(".step-*.tmp"):
+            shutil.rmtree(folder)
 
 
 def read_json(path: Path) -> Any:

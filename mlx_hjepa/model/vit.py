@@ -130,9 +130,12 @@ class Encoder:
         self.positions = positions(self.grid, self.dim)
 
     def init(self, key: mx.array) -> Weights:
-        """Fresh fp32 weights."""
+        """Fresh fp32 weights. The patch embedding is uniform within 1/sqrt(inputs), as nn.Linear's: with 0.02 the pixels
+        are a tenth of the positions beside them, and the encoder learns the positions (docs/results.md)."""
         keys = mx.random.split(key, self.depth + 1)
-        w = linear_weights(keys[0], self.patch * self.patch * 3, self.dim, "patch_embed.proj")
+        pixels = self.patch * self.patch * 3
+        w = {"patch_embed.proj.weight": mx.random.uniform(-1, 1, (pixels, self.dim), key=keys[0]) * pixels**-0.5,
+             "patch_embed.proj.bias": mx.zeros((self.dim,))}
         for i in range(self.depth):
             w |= block_weights(keys[i + 1], self.dim, self.hidden, i + 1, f"blocks.{i}")
         return w

@@ -216,6 +216,8 @@ class Trainer:
         ratio = values["loss"] * sum(weights) / float(np.dot(base, weights)) if base else None
         values |= {"bad": int(rows[-1, 2]), "bad_in_a_row": int(rows[-1, 3]), "loss_scale": rows[-1, 4]}
         peak = backend.peak_memory_gb()
+        if len(pace.rates) == 1:  # what a step needs, and not the whole device: others may be running beside this run
+            backend.set_cache_limit(1.2 * peak)
         self.log.record("train", step, epoch=step / self.epoch_steps, steps=len(waiting), loss_ratio=ratio, **values,
                         levels=list(means[len(STATISTICS):]), lr=self.schedule.lr(step - 1),
                         weight_decay=self.schedule.weight_decay(step - 1), momentum=self.schedule.momentum(step - 1),
