@@ -57,15 +57,20 @@ class MaskSampler:
 
     def _distance(self, boxes: mx.array) -> mx.array:
         """Chebyshev distance of each cell to each rectangle, (rows, blocks, N), 0 inside it; boxes: uniform numbers."""
-        grid, over = self.grid, self.masking.overhang
+        grid = self.grid
         which, y, x = (part.squeeze(1) for part in mx.split(boxes, 3, axis=1))
         height, width = mx.split(mx.array(self.sizes)[(which.squeeze(-1) * TABLE).astype(mx.int32)], 2, axis=-1)
-        top = mx.floor(y * (grid - height + 1 + 2 * over)).astype(mx.int32) - over
-        left = mx.floor(x * (grid - width + 1 + 2 * over)).astype(mx.int32) - over
+        top, left = self._start(y, height), self._start(x, width)
         row, column = (mx.array(c.reshape(1, 1, -1).astype(np.int32)) for c in np.divmod(np.arange(grid * grid), grid))
         down = mx.maximum(top - row, row - (top + height - 1))
         across = mx.maximum(left - column, column - (left + width - 1))
         return mx.maximum(mx.maximum(down, across), 0)
+
+    def _start(self, draw: mx.array, extent: mx.array) -> mx.array:
+        """The first row (column) of rectangles, uniform over all places; up to `overhang` cells, but never all of a
+        rectangle, may lie over the border. From overhang = extent - 1 on, every cell is as likely as any other."""
+        over = mx.minimum(self.masking.overhang, extent - 1)
+        return mx.floor(draw * (self.grid - extent + 1 + 2 * over)).astype(mx.int32) - over
 
     def _random(self, distance: mx.array, noise: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
         """One order: the union's cells at random, then the others at random. Targets are its head, context its tail."""
