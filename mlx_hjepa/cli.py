@@ -17,6 +17,7 @@ from mlx_hjepa import __version__
 from mlx_hjepa.config import ConfigError, Data, load
 from mlx_hjepa.run import Run, UserError
 
+DATASETS = click.Choice(["cifar10", "cifar100", "digits", "folder"])
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON for a program to read.")
 
 
@@ -71,36 +72,107 @@ def train(config: str, overrides: tuple[str, ...], resume: bool, keep_awake: boo
 
 
 @main.command("eval")
-@click.argument("run", required=False)
+@click.argument("runs", nargs=-1, metavar="[RUN]...")
 @click.option("--knn", is_flag=True, help="k-nearest neighbours.")
 @click.option("--linear", is_flag=True, help="Linear probe.")
+@click.option("--few-shot", is_flag=True, help="Few-shot episodes, and a few labels a class.")
+@click.option("--quality", is_flag=True, help="Feature quality and its verdict.")
+@click.option("--fine-tune", is_flag=True, help="Fine-tuning, and the same network from scratch.")
+@click.option("--augmented", is_flag=True, help="Linear probe on fresh crops in every epoch, too: slow.")
+@click.option("--all", "everything", is_flag=True, help="All of these but --augmented.")
 @click.option("--checkpoint", default="latest", help="latest, best, or a checkpoint's folder.")
 @click.option("--encoder", type=click.Choice(["target", "context"]), default="target", help="Which encoder to score.")
 @click.option("--subset", type=click.IntRange(min=100), help="Score only so many pictures of each split.")
+@click.option("--dataset", type=DATASETS, help="Score on other pictures than the run's own (transfer).")
+@click.option("--root", help="Where they are: an unpacked archive, or a folder of pictures.")
+@click.option("--fine-tune-epochs", type=int, nargs=2,
+              help="Epochs of fine-tuning and from scratch. [default: 100 200]")
 @as_json
 @friendly
-def evaluate(run: str | None, knn: bool, linear: bool, checkpoint: str, encoder: str, subset: int | None,
-             as_json: bool) -> None:
-    """Score RUN, the newest by default, beside raw pixels and its untrained encoder. Without a protocol: both."""
-    from mlx_hjepa.evaluate import report
+def evaluate(runs: tuple[str, ...], everything: bool, checkpoint: str, encoder: str, subset: int | None,
+             dataset: str | None, root: str | None, fine_tune_epochs: tuple[int, int] | None, as_json: bool,
+             **asked: bool) -> None:
+    """Score RUN, the newest by default, beside raw pixels and its untrained encoder.
 
-    chosen = Run.open(run) if run else Run.newest()
+    Without a protocol: k-NN and linear probe. Several runs are also put side by side in one table.
+    """
+    from mlx_hjepa.config import section
+    from mlx_hjepa.evaluate import report, summary
+
+    if everything:
+        asked = {name: name != "augmented" or asked[name] for name in asked}
+    elif not any(asked.values()):
+        asked |= {"knn": True, "linear": True}
+    protocols = report.Protocols(**{**asked, "linear": asked["linear"] or asked["augmented"]},
+                                 fine_tune_epochs=fine_tune_epochs)
+    reports = []
+    for run in [Run.open(r) for r in runs] or [Run.newest()]:
+        other = section(Data, "data", {"dataset": dataset, "root": root, "source": "resident",
+                                       "image_size": run.config.data.image_size}) if dataset else None
+        what = report.Target(encoder, checkpoint, subset, other)  # type: ignore[arg-type]
+        reports.append(_scored(run, protocols, what, as_json))
+    if as_json:
+        click.echo(json.dumps(reports if len(reports) > 1 else reports[0]))
+    elif len(reports) > 1:
+        _out().print(summary.comparison(reports))
+
+
+def _scored(run: Run, protocols: Any, what: Any, quiet: bool) -> dict[str, Any]:
+    """Evaluate one run with a progress line, write its report, and show its table."""
+    from mlx_hjepa.evaluate import report, summary
+
     console = Console(stderr=True)
     shown = console.is_terminal
     with console.status("") as status:
         result = report.evaluate(
-            chosen, knn or not linear, linear or not knn, encoder, checkpoint, subset,  # type: ignore[arg-type]
-            say=lambda text: console.print(text, highlight=False, markup=False),
+            run, protocols, what, say=lambda text: console.print(text, highlight=False, markup=False),
             progress=(lambda what, done, of: status.update(f"{what} {done:,} of {of:,}")) if shown else None)
-    if as_json:
-        click.echo(json.dumps(result))
-    else:
-        Console(width=None if sys.stdout.isatty() else 100).print(report.table(result))
-        click.echo(f"{result['seconds']:.0f} s; written to {report.report_file(chosen)}")
+    summary.write(run, result)
+    if not quiet:
+        _out().print(summary.table(result))
+        click.echo(f"{result['seconds']:.0f} s; written to {run.evaluation / report.report_name(result)}.md and .json")
+    return result
+
+
+def _out() -> Console:
+    return Console(width=None if sys.stdout.isatty() else 100)
 
 
 @main.command()
-@click.option("--dataset", type=click.Choice(["cifar10", "cifar100", "digits", "folder"]), default="cifar10")
+@click.argument("run")
+@click.argument("folder")
+@click.option("--out", required=True, help="The .npz file to write.")
+@click.option("--level", default="levels", help="levels, last, or a depth.")
+@click.option("--encoder", type=click.Choice(["target", "context"]), default="target", help="Which encoder to use.")
+@click.option("--checkpoint", default="latest", help="latest, best, or a checkpoint's folder.")
+@click.option("--on-corrupt", type=click.Choice(["skip", "error"]), default="skip", help="What a corrupt picture does.")
+@click.option("--force", is_flag=True, help="Write over an existing file.")
+@friendly
+def embed(run: str, folder: str, out: str, level: str, encoder: str, checkpoint: str, on_corrupt: str,
+          force: bool) -> None:
+    """Write the features and names of the pictures in FOLDER, by the encoder of RUN."""
+    from mlx_hjepa.evaluate.export import embed_folder
+
+    path = embed_folder(Run.open(run), folder, out, level, on_corrupt, encoder, checkpoint, force,  # type: ignore[arg-type]
+                        say=lambda text: click.echo(text, err=True))
+    click.echo(f"written to {path}")
+
+
+@main.command()
+@click.argument("run")
+@click.argument("out")
+@click.option("--encoder", type=click.Choice(["target", "context"]), default="target", help="Which encoder to export.")
+@click.option("--checkpoint", default="latest", help="latest, best, or a checkpoint's folder.")
+@friendly
+def export(run: str, out: str, encoder: str, checkpoint: str) -> None:
+    """Write RUN's encoder to the folder OUT with timm's names, a config and a model card."""
+    from mlx_hjepa.evaluate.export import export as write
+
+    click.echo(f"written to {write(Run.open(run), out, encoder, checkpoint)}")  # type: ignore[arg-type]
+
+
+@main.command()
+@click.option("--dataset", type=DATASETS, default="cifar10", help="Which data set.")
 @click.option("--root", help="An unpacked archive, or a folder of pictures.")
 @click.option("--on-corrupt", type=click.Choice(["error", "skip"]), default="error",
               help="What a corrupt picture does.")

@@ -201,3 +201,15 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: missing") from None
     except (json.JSONDecodeError, UnicodeDecodeError):
         raise UserError(f"{path}: damaged, not JSON") from None
+
+
+def read_arrays(file: Path) -> dict[str, Any]:
+    """The named arrays of a safetensors file, read now. Raises UserError when it is damaged."""
+    import mlx.core as mx  # here, so that `doctor` runs where MLX does not load
+
+    try:
+        arrays = mx.load(str(file))
+        mx.eval(arrays)  # mx.load is lazy: a file changed later would give wrong numbers
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read ({str(error).splitlines()[0]})") from None
+    return arrays  # type: ignore[return-value]

@@ -76,7 +76,8 @@ def test_a_pool_that_does_not_divide_the_grid_cuts_its_last_windows(tiny_config)
     patches = masked(model, 4, mx.random.key(2))[0]
     pooled = np.array(model.targets(encoder, patches)[1])
     normed = np.array(layer_norm(model.encoder(encoder, patches)[1])).reshape(4, 4, 4, 32)
-    expected = [normed[:, r, c].mean(axis=(1, 2)) for r in (slice(0, 3), slice(3, 4)) for c in (slice(0, 3), slice(3, 4))]
+    parts = slice(0, 3), slice(3, 4)
+    expected = [normed[:, r, c].mean(axis=(1, 2)) for r in parts for c in parts]
     assert np.abs(pooled - np.stack(expected, axis=1)).max() < 1e-5
 
 

@@ -57,19 +57,23 @@ def record(run: Run, report: dict[str, Any], folder: Path, out: Path, commit: st
     """The run's entry in results.json (docs/results); accuracies in 0..1."""
     environment, rows = run.environment, report["rows"]
     whole = "levels" if "levels" in rows["trained"] else "last"
-    score = {name: {"linear": levels[whole if name != "raw" else "last"]["linear"]["accuracy"],
-                    "knn": levels[whole if name != "raw" else "last"]["knn"]["accuracy"]} for name, levels in rows.items()}
+    score = {}
+    for name, levels in rows.items():
+        chosen = levels["last" if name == "raw" else whole]
+        score[name] = {"linear": chosen["linear"]["accuracy"], "knn": chosen["knn"]["accuracy"]}
     last = rows["trained"]["last"]
+    tuned = {name: report[name]["accuracy"] if name in report else None for name in ("fine_tune", "scratch")}
     shards = sorted((folder / "weights").glob("*.safetensors"))
     return {
         "name": run.name, "preset": run.config.name, "epochs": report["epochs"], "seed": report["seed"],
         "dataset": report["dataset"]["name"], "views": report["views"], **score["trained"],
         "linear_last": last["linear"]["accuracy"], "knn_last": last["knn"]["accuracy"],
         "effective_rank": last["effective_rank"], "dim": last["dim"], "random": score["random"], "raw": score["raw"],
-        "fine_tune": report.get("fine_tune"), "scratch": report.get("scratch"), "supervised": report.get("scratch"),
+        **tuned, "supervised": tuned["scratch"],
         "encoder": report["encoder"], "weights": str((folder / "weights").relative_to(out)) if shards else None,
-        "pictures_seen": report["pictures_seen"], "train_seconds": report["train_seconds"], "device": environment["name"],
-        "versions": environment["versions"], "commit": commit or environment["commit"], "command": environment["command"],
+        "pictures_seen": report["pictures_seen"], "train_seconds": report["train_seconds"],
+        "device": environment["name"], "versions": environment["versions"],
+        "commit": commit or environment["commit"], "command": environment["command"],
         "files": sorted(str(f.relative_to(out)) for f in folder.rglob("*") if f.is_file())}
 
 

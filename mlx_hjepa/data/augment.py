@@ -17,11 +17,12 @@ LUMA = np.array([[0.299], [0.587], [0.114]], np.float32)  # ITU-R BT.601
 YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]], np.float32)
 
 
-def interpolation(start: mx.array, extent: mx.array, size: int, length: int, mirror=None, fill: bool = False) -> mx.array:
+def interpolation(start: mx.array, extent: mx.array, size: int, length: int, mirror: mx.array | None = None,
+                  fill: bool = False) -> mx.array:
     """Weights (B, size, length) that sample `size` pixels from [start, start + extent) of a line of `length` pixels.
 
-    start, extent: (B, 1) in pixels; mirror: (B, 1) bool, sample from the far end; fill: what lies outside the line counts
-    as black instead of the nearest pixel.
+    start, extent: (B, 1) in pixels; mirror: (B, 1) bool, sample from the far end; fill: what lies outside the line
+    counts as black instead of the nearest pixel.
     """
     step = extent / size
     place = mx.arange(size, dtype=mx.float32)[None]
@@ -81,8 +82,8 @@ def augment(images: mx.array, size: int, settings: Augment, key: mx.array) -> mx
 
 
 def _random_box(area: mx.array, aspect: mx.array, height: int, width: int, settings: Augment):
-    """Height and width of RandomResizedCrop's box (Szegedy et al. 2015), (B, 1): area a share of the picture's, uniform;
-    aspect log-uniform; cut to the picture where torchvision draws again."""
+    """Height and width of RandomResizedCrop's box (Szegedy et al. 2015), (B, 1): area a share of the picture's,
+    uniform; aspect log-uniform; cut to the picture where torchvision draws again."""
     low, high = (math.log(a) for a in settings.aspect)
     share = settings.scale[0] + area * (settings.scale[1] - settings.scale[0])
     ratio = mx.exp(low + aspect * (high - low))
@@ -96,7 +97,8 @@ def jitter(x: mx.array, strength: float, key: mx.array) -> mx.array:
     The hue turns in the YIQ plane. x: (B, S, S, 3) in 0..255, clipped to that at the end.
     """
     spread = np.array([0.4, 0.4, 0.2, 0.1], np.float32) * strength
-    u = (mx.random.uniform(-1, 1, (x.shape[0], 4, 1, 1), key=key) * mx.array(spread.reshape(1, 4, 1, 1))).split(4, axis=1)
+    u = mx.random.uniform(-1, 1, (x.shape[0], 4, 1, 1), key=key) * mx.array(spread.reshape(1, 4, 1, 1))
+    u = mx.split(u, 4, axis=1)
     x = x * (1 + u[0])
     grey = x @ mx.array(LUMA)
     mean = grey.mean(axis=(1, 2), keepdims=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import mlx.core as mx
 import numpy as np
@@ -14,7 +14,7 @@ from mlx_hjepa.data.augment import normalise, resize
 from mlx_hjepa.data.dataset import Pictures
 from mlx_hjepa.model.hjepa import HJEPA
 from mlx_hjepa.model.vit import Encoder, Weights, patchify, pooled_features
-from mlx_hjepa.run import Run, UserError
+from mlx_hjepa.run import Run, UserError, read_arrays
 
 BATCH = 256
 
@@ -22,14 +22,20 @@ BATCH = 256
 class FrozenEncoder:
     """An encoder with its weights, for evaluation.
 
-    A picture's feature at a depth is the mean over tokens of the LayerNorm-ed output there. `depths` names them.
+    A picture's feature at a depth is the mean over tokens of the LayerNorm-ed output there. `depths` are those that
+    are computed: the levels', and with `last_four` the last four blocks' too; `levels` are the levels' alone.
     """
 
-    def __init__(self, config: Config, weights: Weights, mean: tuple[float, ...], std: tuple[float, ...]):
+    def __init__(self, config: Config, weights: Weights, mean: tuple[float, ...], std: tuple[float, ...],
+                 last_four: bool = False):
         self.config, self.weights, self.mean, self.std = config, weights, mean, std
         self.encoder = Encoder(config)
-        self.depths, self.dim = self.encoder.depths, self.encoder.dim
-        self._forward = mx.compile(self._pooled)
+        self.levels, self.dim = self.encoder.depths, self.encoder.dim
+        if last_four:
+            first = max(1, self.encoder.depth - 3)
+            self.encoder.depths = sorted({*self.levels, *range(first, self.encoder.depth + 1)})
+        self.depths = self.encoder.depths
+        self._forward: Any = mx.compile(self._pooled)
 
     def _pooled(self, weights: Weights, images: mx.array) -> mx.array:
         return pooled_features(self.encoder(weights, self._patches(images), fused=True))
@@ -50,9 +56,17 @@ class FrozenEncoder:
             out[start : start + len(x)] = np.array(self._forward(self.weights, mx.array(padded)))[: len(x)]
         return out
 
-    def features(self, images: np.ndarray, level: Literal["last", "levels"] | int = "levels") -> np.ndarray:
-        """uint8 (n, H, W, 3) -> float32 (n, D): `last`, a depth's number, or `levels`, every depth's concatenated."""
-        return select(self.depth_features(np.asarray(images)), self.depths, level)
+    def features(self, images: np.ndarray, level: str | int = "levels") -> np.ndarray:
+        """uint8 (n, H, W, 3) -> float32 (n, D): `last`, a depth's number, or `levels`, every level's concatenated."""
+        return self.select(self.depth_features(np.asarray(images)), level)
+
+    def select(self, features: np.ndarray, level: str | int) -> np.ndarray:
+        """(n, depths, D) -> (n, D) of `last` or of one depth, (n, k * D) of `levels` or `last4`."""
+        named = {"last": self.levels[-1:], "levels": self.levels, "last4": self.depths[-4:]}
+        depths = named.get(str(level)) or [int(level) if str(level).isdigit() else -1]
+        if not set(depths) <= set(self.depths):
+            raise ValueError(f"level must be 'last', 'levels' or a depth of {self.depths}, not {level!r}")
+        return features[:, [self.depths.index(d) for d in depths]].reshape(len(features), -1)
 
     def extract(self, pictures: Pictures, indices: np.ndarray, mirror: bool = False,
                 progress: Callable[[int], None] | None = None) -> np.ndarray:
@@ -69,21 +83,12 @@ class FrozenEncoder:
         return out
 
 
-def select(features: np.ndarray, depths: list[int], level: str | int) -> np.ndarray:
-    """(n, depths, D) -> (n, D) of `last` or of one depth, or (n, depths * D) of `levels`."""
-    if level == "levels":
-        return features.reshape(len(features), -1)
-    if level == "last":
-        return features[:, -1]
-    if level not in depths:
-        raise ValueError(f"level must be 'last', 'levels' or a depth of {depths}, not {level!r}")
-    return features[:, depths.index(level)]
-
-
-def load(path: str | Path, encoder: Literal["target", "context"] = "target", checkpoint: str = "latest") -> FrozenEncoder:
+def load(path: str | Path, encoder: Literal["target", "context"] = "target", checkpoint: str = "latest",
+         last_four: bool = False) -> FrozenEncoder:
     """The encoder of a run, or of a published folder under docs/results. Raises UserError.
 
     path: the run's folder, or its name under results/. checkpoint: latest, best, or a checkpoint's folder.
+    last_four: compute the last four blocks' features too.
     """
     run = Run.open(path)
     if run.published_weights:
@@ -94,10 +99,10 @@ def load(path: str | Path, encoder: Literal["target", "context"] = "target", che
         folder = run.checkpoint(checkpoint)
         weights = read_weights([folder / ("target.safetensors" if encoder == "target" else "model.safetensors")])
     weights = {n.removeprefix("encoder."): w for n, w in weights.items() if not n.startswith("predictor.")}
-    return frozen(run, weights)
+    return frozen(run, weights, last_four)
 
 
-def frozen(run: Run, weights: Weights) -> FrozenEncoder:
+def frozen(run: Run, weights: Weights, last_four: bool = False) -> FrozenEncoder:
     """Weights checked against the run's configuration. Raises UserError when they are of another model."""
     config, dataset = run.config, run.environment["dataset"]
     expected = {n: w.shape for n, w in Encoder(config).init(mx.random.key(0)).items()}
@@ -105,24 +110,18 @@ def frozen(run: Run, weights: Weights) -> FrozenEncoder:
     if wrong:
         raise UserError(f"{run.folder}: its weights do not fit its config.yaml, or were written by other code; "
                         f"the first of {len(wrong)} that differ: {min(wrong)}")
-    return FrozenEncoder(config, weights, tuple(dataset["mean"]), tuple(dataset["std"]))
+    return FrozenEncoder(config, weights, tuple(dataset["mean"]), tuple(dataset["std"]), last_four)
 
 
-def random_encoder(run: Run) -> FrozenEncoder:
+def random_encoder(run: Run, last_four: bool = False) -> FrozenEncoder:
     """The untrained encoder of the run's own seed, as it was at step 0."""
     dataset = run.environment["dataset"]
     mean, std = tuple(dataset["mean"]), tuple(dataset["std"])
-    return FrozenEncoder(run.config, HJEPA(run.config, mean, std).init()[0], mean, std)
+    return FrozenEncoder(run.config, HJEPA(run.config, mean, std).init()[0], mean, std, last_four)
 
 
 def read_weights(files: list[Path]) -> Weights:
     """Named arrays of safetensors files, in fp32. Raises UserError for a damaged one."""
-    weights: Weights = {}
-    for file in files:
-        try:
-            part = mx.load(str(file))
-            weights |= {n: w.astype(mx.float32) for n, w in part.items()}
-            mx.eval(weights)  # mx.load is lazy: read now, or not at all
-        except (RuntimeError, ValueError) as error:
-            raise UserError(f"{file}: cannot be read ({str(error).splitlines()[0]})") from None
+    weights = {name: array.astype(mx.float32) for file in files for name, array in read_arrays(file).items()}
+    mx.eval(weights)
     return weights

@@ -12,10 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
+from mlx_hjepa.data.dataset import Pictures
 from mlx_hjepa.evaluate import Features
 from mlx_hjepa.metrics import probe_metrics
 from mlx_hjepa.run import UserError
@@ -153,3 +155,36 @@ def _make_step(lrs: tuple[float, ...], classes: int) -> Callable:
         return [weight, bias, *first, *second]
 
     return mx.compile(step)
+
+
+def augmented_probe(features: Callable[[mx.array, mx.array], mx.array], train: Features, pictures: Pictures,
+                    rows: np.ndarray, test: Features, classes: int, lr: float, seed: int = 0, epochs: int = 60,
+                    batch: int = 1000) -> dict[str, Any]:
+    """The paper-style flavour: a fresh crop and mirror image of every picture in every epoch, features computed anew.
+
+    features(images uint8, key) -> (B, D) gives those of augmented pictures; train and test are the plain cached ones,
+    for the standardisation and the one look at the end; rows are the training pictures of `pictures`. lr: the one that
+    `probe` chose. Costs epochs x pictures forward passes.
+    """
+    mean, scale = _statistics([train.plain])
+    n, dim = train.plain.shape
+    batch = max(1, min(batch, n // 32))
+    steps = n // batch
+    state = [mx.zeros(s) for s in ((classes, dim), (classes,))]
+    state += [mx.zeros_like(s) for s in state] * 2
+    update, every = _make_step((lr,), classes), mx.arange(batch)
+    for step in range(steps * epochs):
+        epoch, part = divmod(step, steps)
+        if part == 0:
+            order = np.random.default_rng([seed, epoch]).permutation(n)
+        chosen = order[part * batch : (part + 1) * batch]
+        found = features(mx.array(pictures.read(rows[chosen])), mx.random.key((seed << 32) | step))
+        data = ((found - mx.array(mean)) * mx.array(scale))[:, None]
+        cosine = 0.5 * (1 + math.cos(math.pi * step / (steps * epochs)))
+        rates = mx.array([cosine, 1 / (1 - BETA1 ** (step + 1)), 1 / (1 - BETA2 ** (step + 1))])
+        state = update(state, data, mx.array(train.labels[chosen].astype(np.int32)), every, rates)
+        mx.eval(state)
+    scores = np.array(mx.array((test.plain - mean) * scale) @ state[0].T + state[1])
+    result = probe_metrics(scores, test.labels.astype(np.int64))
+    return {"accuracy": result["top1"], "interval": result["interval"], "top5": result["top5"], "lr": lr,
+            "epochs": epochs}

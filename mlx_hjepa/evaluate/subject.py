@@ -1,9 +1,9 @@
-"""What is evaluated: an encoder, or raw pixels, and its features on each split, computed once and kept under the run."""
+"""What is evaluated: an encoder, or raw pixels, and its features on each split, computed once and kept."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +13,10 @@ import numpy as np
 from mlx_hjepa.data.augment import resize
 from mlx_hjepa.data.dataset import Dataset, Pictures, validation_split
 from mlx_hjepa.evaluate import Features
-from mlx_hjepa.evaluate.features import BATCH, FrozenEncoder, select
+from mlx_hjepa.evaluate.features import BATCH, FrozenEncoder
 from mlx_hjepa.run import UserError, sync_folder
 
+LEAKED = 0.01  # a collection may hold a few pictures twice
 RAW_SIZE = 32  # larger pictures are reduced to this for the raw-pixel row
 Progress = Callable[[str, int, int], None]
 
@@ -62,27 +63,46 @@ def splits(dataset: Dataset, split_seed: int, subset: int | None = None) -> Spli
     if test.labels is None:
         raise UserError("the test pictures have no labels")
     rows, test_rows = (_spread(r, subset) for r in (rows, test_rows))
-    return Splits(dataset.train, rows, validation_split(len(rows), split_seed)[1], test, test_rows, dataset.classes, note)
+    _refuse_leaks(dataset.train, rows, test, test_rows)
+    validation = validation_split(len(rows), split_seed)[1]
+    return Splits(dataset.train, rows, validation, test, test_rows, dataset.classes, note)
 
 
 def _spread(rows: np.ndarray, count: int | None) -> np.ndarray:
     return rows if count is None or count >= len(rows) else rows[np.linspace(0, len(rows) - 1, count).astype(int)]
 
 
+def _refuse_leaks(bank: Pictures, rows: np.ndarray, test: Pictures, test_rows: np.ndarray) -> None:
+    """Raise UserError when more than LEAKED of the test pictures lie in the bank, byte for byte."""
+    known = set(_fingerprints(bank, rows))
+    leaked = sum(f in known for f in _fingerprints(test, test_rows))
+    if leaked > LEAKED * len(test_rows):
+        raise UserError(f"{leaked} of the {len(test_rows)} test pictures are in the training pictures too, so their "
+                        "scores would mean nothing. Take them out of one of the two")
+
+
+def _fingerprints(pictures: Pictures, rows: np.ndarray) -> Iterator[bytes]:
+    for start in range(0, len(rows), BATCH):
+        for picture in pictures.read(rows[start : start + BATCH]):
+            yield hashlib.blake2b(picture.tobytes(), digest_size=12).digest()
+
+
 class Subject:
     """One row of the table. `depths` is empty for raw pixels, whose only level is `last`."""
 
-    def __init__(self, name: str, split: Splits, encoder: FrozenEncoder | None, cache: Path | None = None, key: str = "",
-                 progress: Progress | None = None):
+    def __init__(self, name: str, split: Splits, encoder: FrozenEncoder | None, cache: Path | None = None,
+                 key: str = "", progress: Progress | None = None):
         self.name, self.split, self.encoder = name, split, encoder
         self.cache, self.key, self.progress = cache, key, progress
-        self.depths = encoder.depths if encoder else []
+        self.depths = encoder.levels if encoder else []
         self._kept: dict[tuple[str, bool], np.ndarray] = {}
 
     @property
     def levels(self) -> list[str | int]:
         """What can be scored: `last`, and for an encoder of several depths `levels` and each depth but the last."""
-        return ["last"] if len(self.depths) < 2 else ["last", "levels", *self.depths[:-1]]
+        if len(self.depths) < 2:
+            return ["last"]
+        return ["last", "levels", *self.depths[:-1]]
 
     def depth_features(self, split: str, mirror: bool = False) -> np.ndarray:
         """(n, depths, D) of `train` or `test`; raw pixels are one depth."""
@@ -94,7 +114,8 @@ class Subject:
         if self.cache is None or self.encoder is None:
             return self._compute(split, mirror)
         rows = self.split.train_rows if split == "train" else self.split.test_rows
-        print_of = hashlib.sha256(f"{self.key} {split} {mirror} ".encode() + rows.tobytes()).hexdigest()[:16]
+        about = f"{self.key} {self.encoder.depths} {split} {mirror} "
+        print_of = hashlib.sha256(about.encode() + rows.tobytes()).hexdigest()[:16]
         file = self.cache / f"{self.name}-{split}{'-mirror' if mirror else ''}-{print_of}.npy"
         if file.exists():
             return np.load(file)
@@ -129,9 +150,12 @@ class Subject:
     def features(self, split: str, level: str | int, mirror: bool = False) -> Features:
         """Features of a level with their labels."""
         labels = self.split.train_labels if split == "train" else self.split.test_labels
-        plain = select(self.depth_features(split), self.depths, level)
-        other = select(self.depth_features(split, True), self.depths, level) if mirror else None
+        plain = self._select(self.depth_features(split), level)
+        other = self._select(self.depth_features(split, True), level) if mirror else None
         return Features(plain, labels.astype(np.int64), other)
+
+    def _select(self, features: np.ndarray, level: str | int) -> np.ndarray:
+        return self.encoder.select(features, level) if self.encoder else features[:, 0]
 
 
 def _pixels(images: np.ndarray) -> np.ndarray:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 import numpy as np
 
@@ -15,24 +17,26 @@ INIT_STEP, HEALTH_STEP = 2**32 - 1, 2**32 - 2  # places in the key space that no
 
 
 def key_of(seed: int, step: int) -> mx.array:
-    """The random key of a step: a pure function of (seed, step), so that a resumed run draws what it would have drawn."""
+    """The random key of a step, a function of (seed, step) alone: a resumed run draws what it would have drawn."""
     return mx.random.key((seed << 32) | step)
 
 
-@mx.custom_function
-def smooth_l1(prediction: mx.array, target: mx.array) -> mx.array:
+def _smooth_l1(prediction: mx.array, target: mx.array) -> mx.array:
     """Smooth-L1 (Huber 1964, beta 1) in fp32, averaged over all but the levels: (B, n, L, D) twice -> (L,)."""
     distance = mx.abs(prediction.astype(mx.float32) - target.astype(mx.float32))
     return mx.where(distance < 1, 0.5 * distance * distance, distance - 0.5).mean(axis=-1).mean(axis=(0, 1))
 
 
-@smooth_l1.vjp
 def _smooth_l1_vjp(primals, cotangent, _):
     prediction, target = primals
     b, n, levels, d = prediction.shape
     slope = mx.clip(prediction.astype(mx.float32) - target.astype(mx.float32), -1, 1)
     gradient = slope * (cotangent.reshape(levels, 1) * (1 / (b * n * d)))
     return gradient.astype(prediction.dtype), mx.zeros_like(target)
+
+
+smooth_l1: Any = mx.custom_function(_smooth_l1)
+smooth_l1.vjp(_smooth_l1_vjp)
 
 
 def gather(x: mx.array, index: mx.array) -> mx.array:
@@ -77,7 +81,7 @@ class HJEPA:
         return mx.array(members / members.sum(axis=1, keepdims=True)).astype(x.dtype) @ x
 
     def _window(self, pool: int) -> np.ndarray:
-        """The window of each place, int32 (N,); where pool does not divide the grid, those at the far border are cut."""
+        """The window of each place, int32 (N,); where pool does not divide the grid, the last ones are cut."""
         row, column = np.divmod(np.arange(self.config.grid**2), self.config.grid)
         return (row // pool * -(-self.config.grid // pool) + column // pool).astype(np.int32)
 

@@ -81,7 +81,7 @@ class MaskSampler:
         return context, target
 
     def _blocks(self, distance: mx.array, noise: mx.array, turn: mx.array) -> tuple[mx.array, mx.array]:
-        """Whole rectangles in the order drawn; the last one needed is cut in a reading order; beyond them ring by ring."""
+        """Whole rectangles in the order drawn, the last one needed cut in a reading order; beyond them ring by ring."""
         m, n = self.masking, self.grid * self.grid
         number = mx.arange(m.target_blocks, dtype=mx.int32).reshape(1, -1, 1)
         first = mx.where(distance == 0, number, m.target_blocks - 1 + distance).min(axis=1)

@@ -7,6 +7,7 @@ B pictures, n tokens, N = grid * grid tokens of a whole picture, D the width.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -24,8 +25,7 @@ def layer_norm(x: mx.array) -> mx.array:
     return mx.fast.layer_norm(x, None, None, EPS)
 
 
-@mx.custom_function
-def gelu(x: mx.array) -> mx.array:
+def _gelu(x: mx.array) -> mx.array:
     """GELU, tanh form (Hendrycks & Gimpel 2016, section 2), as x * sigmoid(2k(x + 0.044715 x^3)), k = sqrt(2/pi).
 
     Computed in fp32 inside one kernel. The gradient is made from x again, so that nothing but x is kept for it.
@@ -34,13 +34,16 @@ def gelu(x: mx.array) -> mx.array:
     return (x32 / (1 + mx.exp(-2 * GELU_K * x32 * (1 + 0.044715 * x32 * x32)))).astype(x.dtype)
 
 
-@gelu.vjp
 def _gelu_vjp(x, dy, _):
     x32 = x.astype(mx.float32)
     square = x32 * x32
     s = 1 / (1 + mx.exp(-2 * GELU_K * x32 * (1 + 0.044715 * square)))
     slope = s + x32 * s * (1 - s) * (2 * GELU_K * (1 + 3 * 0.044715 * square))
     return (slope * dy.astype(mx.float32)).astype(x.dtype)
+
+
+gelu: Any = mx.custom_function(_gelu)
+gelu.vjp(_gelu_vjp)
 
 
 def attention(w: Weights, prefix: str, x: mx.array, heads: int, fused: bool) -> mx.array:
@@ -125,7 +128,8 @@ class Encoder:
 
     def __init__(self, config: Config):
         m = config.model
-        assert m.dim is not None and m.depth is not None  # config resolves `size`
+        assert m.dim is not None  # config resolves `size`
+        assert m.depth is not None
         self.dim, self.depth, self.heads = m.dim, m.depth, m.dim // m.head_dim
         self.hidden = round(m.dim * m.mlp_ratio)
         self.patch, self.grid = m.patch, config.grid

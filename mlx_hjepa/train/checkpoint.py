@@ -10,7 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_hjepa.run import Run, UserError, digest, read_json, sync_folder, write_atomically
+from mlx_hjepa.run import Run, UserError, digest, read_arrays, read_json, sync_folder, write_atomically
 from mlx_hjepa.train.step import Layout, State
 
 FORMAT = 1
@@ -46,12 +46,13 @@ def load(folder: Path, layout: Layout) -> tuple[State, dict[str, Any]]:
     """The state and the progress of a checkpoint whose digests were checked (Run.checkpoint). Raises UserError."""
     progress = read_json(folder / "state.json")
     if progress.get("format") != FORMAT:
-        raise UserError(f"{folder}: written by another version of mlx-hjepa (format {progress.get('format')}, not {FORMAT})")
-    model, target, optimizer = (mx.load(str(folder / name)) for name in FILES)
+        raise UserError(f"{folder}: written by another version of mlx-hjepa (format {progress.get('format')}, "
+                        f"here {FORMAT})")
+    model, target, optimizer = (read_arrays(folder / name) for name in FILES)
     encoder = {n for n in layout.names if n.startswith("encoder.")}
     if set(model) != set(layout.names) or set(target) != encoder:
         raise UserError(f"{folder}: its weights are of another model than its config.yaml describes")
     state = State(layout.pack(model), optimizer["first_moment"], optimizer["second_moment"], layout.pack(target),
                   optimizer["guard"])
-    mx.eval(state.arrays())  # mx.load is lazy
+    mx.eval(state.arrays())
     return state, progress

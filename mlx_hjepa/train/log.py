@@ -20,15 +20,16 @@ class Log:
     """Opened for one process's share of a run; a context manager that closes what it opened."""
 
     def __init__(self, run: Run, config: Config, total: int):
-        self.metrics = open(run.metrics_file, "a", encoding="utf-8")
-        self.text = open(run.log_file, "a", encoding="utf-8")
+        self.metrics, self.text = (open(f, "a", encoding="utf-8")  # noqa: SIM115  (open as long as the run)
+                                   for f in (run.metrics_file, run.log_file))
         self.board = _tensorboard(run) if config.logging.tensorboard else None
         self.wandb = _wandb(run, config) if config.logging.wandb else None
         self.console = Console(highlight=False)
         self.bar: Progress | None = None
         self.task = TaskID(0)
         if sys.stdout.isatty():
-            self.bar = Progress(BarColumn(24), TextColumn("{task.fields[status]}"), console=self.console, transient=True)
+            columns = BarColumn(24), TextColumn("{task.fields[status]}")
+            self.bar = Progress(*columns, console=self.console, transient=True)
             self.task = self.bar.add_task("", total=total, status="compiling the step ...")
             self.bar.start()
 
@@ -46,9 +47,10 @@ class Log:
 
     def record(self, kind: str, step: int, **values: Any) -> None:
         """One line of metrics.jsonl; its numbers also go to TensorBoard and W&B."""
-        self.metrics.write(json.dumps({"kind": kind, "step": step, "time": round(time.time(), 3)} | _plain(values)) + "\n")
+        line = {"kind": kind, "step": step, "time": round(time.time(), 3)} | _plain(values)
+        self.metrics.write(json.dumps(line) + "\n")
         self.metrics.flush()
-        numbers = {f"{kind}/{k}": v for k, v in _flat(values) if isinstance(v, (int, float)) and not isinstance(v, bool)}
+        numbers = {f"{kind}/{k}": v for k, v in _flat(values) if type(v) in (int, float)}
         if self.board:
             for name, value in numbers.items():
                 self.board.add_scalar(name, value, step)

@@ -8,6 +8,7 @@ buffer, and the gradients are concatenated once.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -75,10 +76,10 @@ class Step:
         self.layout = Layout(*model.init())
         self.decayed = mx.array(self.layout.decayed())
         self.traces = {"step": 0, "part": 0, "update": 0, "health": 0}
-        self._whole = mx.compile(self._step)
-        self._part = mx.compile(self._accumulate)
-        self._update = mx.compile(self._finish)
-        self._health = mx.compile(self._check)
+        self._whole: Any = mx.compile(self._step)
+        self._part: Any = mx.compile(self._accumulate)
+        self._update: Any = mx.compile(self._finish)
+        self._health: Any = mx.compile(self._check)
 
     def initial_state(self) -> State:
         """Step 0: the target encoder is an exact copy of the context encoder."""
@@ -95,7 +96,8 @@ class Step:
         s, (b1, b2) = self.schedule, self.training.betas
         lr, total = s.lr(step), sum(level_weights)
         corrections = [lr / (1 - b1 ** (step + 1)), (1 - b2 ** (step + 1)) ** -0.5]
-        return mx.array([lr, s.weight_decay(step), s.momentum(step), *corrections, *(w / total for w in level_weights)])
+        weights = [w / total for w in level_weights]
+        return mx.array([lr, s.weight_decay(step), s.momentum(step), *corrections, *weights])
 
     def __call__(self, state: State, images: mx.array, key: mx.array, scalars: mx.array) -> tuple[State, mx.array]:
         """One update. images: uint8 (batch, H, W, 3). Returns the new state and the statistics, both unevaluated."""

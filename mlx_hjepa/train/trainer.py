@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,20 +15,20 @@ import numpy as np
 
 from mlx_hjepa import backend
 from mlx_hjepa.config import Config
-from mlx_hjepa.data.dataset import Dataset, load_dataset, validation_split
+from mlx_hjepa.data.dataset import load_dataset, validation_split
 from mlx_hjepa.data.source import batches, order, steps_per_epoch
-from mlx_hjepa.evaluate.features import FrozenEncoder, select
+from mlx_hjepa.evaluate.features import FrozenEncoder
 from mlx_hjepa.evaluate.knn import knn_accuracy
 from mlx_hjepa.model.hjepa import HEALTH_STEP, HJEPA, key_of
 from mlx_hjepa.run import Run, UserError, write_atomically
 from mlx_hjepa.schedule import Schedule
 from mlx_hjepa.train import checkpoint, health
 from mlx_hjepa.train.log import Log, duration, truncate
-from mlx_hjepa.train.step import STATISTICS, State, Step, part
+from mlx_hjepa.train.pace import Pace
+from mlx_hjepa.train.step import STATISTICS, Step, part
 
 MAY_DIFFER = ("logging", "checkpoints")  # the sections that a resumed run may change
 HEALTH_PICTURES = 512
-SLOWER = 0.9  # of the usual rate: said as a warning
 
 
 def train(config: Config, run: Run, resume: bool = False) -> bool:
@@ -56,6 +55,7 @@ class Trainer:
         self.bank, self.validation = validation_split(len(self.data.train), config.data.split_seed)
         self.probe = FrozenEncoder(config, {}, self.data.mean, self.data.std)
         self.alarm = health.Alarm()
+        self.found: dict[str, Any] | None = None
         if resume and (run.checkpoints / "latest").exists():
             self._restore()
         else:
@@ -82,6 +82,7 @@ class Trainer:
         truncate(self.run.metrics_file, self.progress["step"])
 
     def fit(self) -> bool:
+        """The loop: checks and checkpoints where they are due, then a step. Returns whether the run is finished."""
         backend.set_cache_limit()
         start, total = self.progress["step"], self.schedule.total
         began, seconds = time.monotonic(), self.progress["seconds"]
@@ -89,40 +90,53 @@ class Trainer:
             self._introduce(start)
             source = batches(self.data.train, self.config.data.source, self.config.seed, self.config.training.batch,
                              start, total, self.config.data.threads)
-            pace = Pace(self.config.training.batch, total, start)
-            saved, previous, waiting = time.monotonic(), None, []
+            self.pace, self.saved = Pace(total, start), time.monotonic()
+            self.waiting: list[mx.array] = []
             for step in range(start, total + 1):
                 self.progress |= {"step": step, "seconds": seconds + time.monotonic() - began}
-                with pace.aside():
-                    self._look(step)
-                    if (step > start and self._due(step, saved)) or asked():
-                        self._report(step, waiting, pace)
-                        self._save()
-                        saved, waiting = time.monotonic(), []
-                if step == total or asked():
+                stop = asked()
+                if stop or self._health_due(step) or self._knn_due(step) or self._save_due(step):
+                    self._pause(step, stop)
+                if stop or step == total:
                     break
-                scalars = self.step.scalars(step, self.progress["level_weights"])
-                self.state, stats = self.step(self.state, next(source), key_of(self.config.seed, step), scalars)
-                mx.async_eval(self.state.arrays(), stats)
-                if previous is not None:
-                    mx.eval(previous)  # one step is prepared while the one before it runs
-                previous = stats
-                waiting.append(stats)
+                self._advance(step, next(source))
                 if step == start:
-                    pace.first(stats)
+                    self.pace.first(self.waiting[-1])
                 if (step + 1) % self.config.logging.every_steps == 0:
-                    self._report(step + 1, waiting, pace)
-                    waiting = []
+                    self._report(step + 1)
             return self._conclude(step)
+
+    def _advance(self, step: int, images: mx.array) -> None:
+        """Queue one update; while it runs, the next is prepared, and the one before it is waited for."""
+        scalars = self.step.scalars(step, self.progress["level_weights"])
+        self.state, statistics = self.step(self.state, images, key_of(self.config.seed, step), scalars)
+        mx.async_eval(self.state.arrays(), statistics)
+        if self.waiting:
+            mx.eval(self.waiting[-1])
+        self.waiting.append(statistics)
+
+    def _pause(self, step: int, stop: bool) -> None:
+        """Health, online k-NN and a checkpoint, each where it is due; a run resumed at this step repeats none."""
+        mx.eval(self.state.arrays())
+        with self.pace.aside():
+            if self._health_due(step):
+                self._check_health(step)
+            if self._knn_due(step):
+                self._probe(step)
+            best = self.progress["best"]
+            if stop or self._save_due(step) or (best and best["step"] == step > self.pace.start):
+                self._report(step)
+                self._save()
+                self.saved = time.monotonic()
 
     def _introduce(self, start: int) -> None:
         c, sizes = self.config, self.step.layout
         for note in self.notes:
             self.log.line(note)
         device = backend.device()
-        self.log.line(f"{self.run.folder}: {c.model.dim} x {c.model.depth} encoder, {sizes.encoder_size / 1e6:.1f} M weights, "
-                      f"predictor {(sizes.size - sizes.encoder_size) / 1e6:.1f} M; {len(self.data.train):,} pictures of "
-                      f"{self.data.name}, {self.schedule.total:,} steps of {c.training.batch}; "
+        self.log.line(f"{self.run.folder}: {c.model.dim} x {c.model.depth} encoder, {sizes.encoder_size / 1e6:.1f} M "
+                      f"weights, predictor {(sizes.size - sizes.encoder_size) / 1e6:.1f} M; {len(self.data.train):,} "
+                      f"pictures of {self.data.name}, {self.schedule.total:,} steps of {c.training.batch}; "
                       f"{self.precision} on {device['name']}")
         if start:
             self.log.line(f"resumed at step {start:,} of {self.schedule.total:,}")
@@ -135,20 +149,20 @@ class Trainer:
         period = max(1, round(epochs * self.epoch_steps))
         return epochs > 0 and step > 0 and step % period == 0
 
-    def _due(self, step: int, saved: float) -> bool:
-        """Whether a checkpoint is due: by minutes, by epochs, at the end, or because the run was never better."""
-        c, best = self.config.checkpoints, self.progress["best"]
-        return (time.monotonic() - saved > 60 * c.every_minutes or step == self.schedule.total
-                or self._every(step, c.every_epochs) or (best is not None and best["step"] == step))
+    def _health_due(self, step: int) -> bool:
+        due = step in (0, self.schedule.total) or self._every(step, self.config.logging.health_every)
+        return due and self.progress["checked"] < step
 
-    def _look(self, step: int) -> None:
-        """Health and online k-NN where they are due; once each, also when a run resumes at that very step."""
-        last = step == self.schedule.total
-        if self.progress["checked"] < step and (step == 0 or last or self._every(step, self.config.logging.health_every)):
-            self._check_health(step)
-        labelled = self.data.train.labels is not None and self.config.logging.knn_every
-        if labelled and self.progress["probed"] < step and (last or self._every(step, self.config.logging.knn_every)):
-            self._probe(step)
+    def _knn_due(self, step: int) -> bool:
+        every = self.config.logging.knn_every
+        if self.data.train.labels is None or not every or self.progress["probed"] >= step:
+            return False
+        return step == self.schedule.total or self._every(step, every)
+
+    def _save_due(self, step: int) -> bool:
+        c = self.config.checkpoints
+        late = time.monotonic() - self.saved > 60 * c.every_minutes
+        return step > self.pace.start and (late or step == self.schedule.total or self._every(step, c.every_epochs))
 
     def _weights(self) -> dict[str, mx.array]:
         return part(self.step.layout.views(self.state.target), "encoder")
@@ -184,8 +198,8 @@ class Trainer:
         scores = {}
         for level in ("last", "levels"):
             k = min(20, len(self.bank))
-            result = knn_accuracy(select(bank, self.probe.depths, level), labels[self.bank],
-                                  select(queries, self.probe.depths, level), labels[self.validation],
+            result = knn_accuracy(self.probe.select(bank, level), labels[self.bank],
+                                  self.probe.select(queries, level), labels[self.validation],
                                   len(self.data.classes), ks=(k,), headline=(k, 0.07))
             scores[level] = result.top1
         self.progress["probed"] = step
@@ -203,12 +217,13 @@ class Trainer:
             self.run.point("best", folder)
         self.run.remove_old_checkpoints(self.config.checkpoints.keep)
 
-    def _report(self, step: int, waiting: list[mx.array], pace: Pace) -> None:
+    def _report(self, step: int) -> None:
         """A log line of the steps since the last one; here alone the device's numbers are read."""
+        waiting, self.waiting, pace = self.waiting, [], self.pace
         if not waiting:
             return
         rows = np.array(mx.stack(waiting), np.float64)
-        rate = pace.lap(step, len(waiting))
+        rate = pace.lap(len(waiting))
         finite = rows[np.isfinite(rows[:, 0])]
         means = (finite if len(finite) else rows).mean(axis=0)
         values = dict(zip(STATISTICS, means[: len(STATISTICS)], strict=True))
@@ -231,18 +246,17 @@ class Trainer:
         self._warn(values, pace, rate)
 
     def _health_words(self) -> str:
-        rank = getattr(self, "found", None)
-        if rank is None:
+        if self.found is None:
             return "health -"
-        return f"rank {rank['effective_rank'][-1]:.0f} std {rank['std'][-1]:.2f}"
+        return f"rank {self.found['effective_rank'][-1]:.0f} std {self.found['std'][-1]:.2f}"
 
     def _warn(self, values: dict[str, Any], pace: Pace, rate: float) -> None:
         if pace.slowed(rate):
             self.log.line(f"warning: {rate:.2f} it/s, {100 * (1 - rate / pace.usual):.0f} % slower than at the start "
                           "(heat, battery, or other programs)")
         if values["bad_in_a_row"] >= self.config.training.max_bad_steps:
-            raise UserError(f"{values['bad_in_a_row']} steps in a row without a finite gradient: training stopped at the "
-                            "last checkpoint.\nTry training.lr 3x lower, a longer training.warmup_epochs, or "
+            raise UserError(f"{values['bad_in_a_row']} steps in a row without a finite gradient: training stopped, the "
+                            "last checkpoint is kept.\nTry training.lr 3x lower, a longer training.warmup_epochs, or "
                             "training.precision: fp32 (in a new run)")
 
     def _conclude(self, step: int) -> bool:
@@ -255,58 +269,6 @@ class Trainer:
         else:
             self.log.line(f"stopped and saved at step {step:,}. Go on with: mlx-hjepa train {self.run.folder} --resume")
         return done
-
-
-class Pace:
-    """Rates and the time left, with what is not training taken out of the rates."""
-
-    def __init__(self, batch: int, total: int, start: int):
-        self.batch, self.total, self.start = batch, total, start
-        self.began = self.mark = time.monotonic()
-        self.apart = 0.0
-        self.rates: list[float] = []
-        self.first_step: float | None = None
-        self.skipped = 0
-        self.warned = False
-
-    @contextmanager
-    def aside(self) -> Iterator[None]:
-        """Time spent here is no training time."""
-        before = time.monotonic()
-        yield
-        self.apart += time.monotonic() - before
-
-    def first(self, result: mx.array) -> None:
-        """Wait for the first step, whose compilation is told apart."""
-        before = self.mark
-        mx.eval(result)
-        self.first_step = time.monotonic() - before - self.apart
-        self.mark, self.apart, self.skipped = time.monotonic(), 0.0, 1
-
-    def lap(self, step: int, steps: int) -> float:
-        """Steps a second since the last lap."""
-        now = time.monotonic()
-        counted = max(1, steps - self.skipped)
-        rate = counted / max(1e-9, now - self.mark - self.apart)
-        self.mark, self.apart, self.skipped = now, 0.0, 0
-        self.rates.append(rate)
-        return rate
-
-    @property
-    def usual(self) -> float:
-        return statistics.median(self.rates[1:11]) if len(self.rates) > 10 else 0.0
-
-    def slowed(self, rate: float) -> bool:
-        """Whether the last three laps were more than 10 % below the usual rate; told once until it recovers."""
-        slow = self.usual > 0 and max(self.rates[-3:]) < SLOWER * self.usual
-        told, self.warned = self.warned, slow
-        return slow and not told
-
-    def left(self, step: int) -> str:
-        """The time left and the clock time of the end, from the whole process's pace, checks included."""
-        done = max(1, step - self.start)
-        seconds = (time.monotonic() - self.began) / done * (self.total - step)
-        return f"{duration(seconds)} left, ends {time.strftime('%a %H:%M', time.localtime(time.time() + seconds))}"
 
 
 @contextmanager
@@ -333,9 +295,8 @@ def same_run(config: Config, run: Run) -> None:
     for section, value in now.items():
         if value == then[section]:
             continue
-        keys = [f"{section}.{k}" for k in value if value[k] != then[section][k]] if isinstance(value, dict) else [section]
-        raise UserError(f"{run.folder} was started with another {keys[0]}; a resumed run may change only "
-                        f"{' and '.join(MAY_DIFFER)}. Start a new run, or resume with: mlx-hjepa train {run.folder} --resume")
+        keys = [f"{section}.{k}" for k in value if value[k] != then[section][k]] if isinstance(value, dict) else []
+        raise UserError(f"{run.folder} was started with another {(keys or [section])[0]}; a resumed run may change "
+                        f"only {' and '.join(MAY_DIFFER)}.\nStart a new run, or go on as it was: "
+                        f"mlx-hjepa train {run.folder} --resume")
 
-
-__all__ = ["Dataset", "State", "Trainer", "same_run", "train"]
