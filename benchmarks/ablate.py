@@ -1,0 +1,131 @@
+#!/usr/bin/env python3
+"""Run a list of changes to one preset side by side, and put them in one table.
+
+    python benchmarks/ablate.py configs/vit_wide_20ep.yaml ladder.yaml --jobs 3 --seeds 0,1
+
+ladder.yaml maps a name to its overrides, `{base: [], blocks: [masking.select=blocks]}`. Each
+ladder.yaml maps a name to its overrides, as in `{base: [], blocks: [masking.select=blocks]}`. Each
+the test set. A run that is finished is not run again, one cut off is resumed. Writes results/ablations/<ladder>.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+import mlx_hjepa  # noqa: F401  (it chooses the BLAS before MLX is imported)
+from mlx_hjepa.cli import friendly
+from mlx_hjepa.config import load, parse_yaml
+from mlx_hjepa.run import RESULTS, Run, UserError, read_json, write_atomically
+
+COLUMNS = (("knn", "levels"), ("linear", "levels"), ("knn", "last"), ("linear", "last"))
+
+
+@click.command(help=__doc__)
+@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("ladder", type=click.Path(path_type=Path))
+@click.option("--jobs", default=3, show_default=True, help="Runs at a time on the one accelerator.")
+@click.option("--seeds", default="0", show_default=True, help="Comma-separated.")
+@click.option("--set", "common", multiple=True, metavar="KEY=VALUE", help="Overrides of every run.")
+@friendly
+def main(config: Path, ladder: Path, jobs: int, seeds: str, common: tuple[str, ...]) -> None:
+    changes = _changes(ladder)
+    work = [(name, int(seed), [*common, *changes[name]]) for seed in seeds.split(",") for name in changes]
+    for name, seed, overrides in work:  # every mistake before any work
+        load(config, [*overrides, f"seed={seed}", f"name={_run_name(ladder, name, seed)}"])
+    with ThreadPoolExecutor(jobs) as pool:
+        scores = list(pool.map(lambda w: _score(config, ladder, *w), work))
+    rows = [{"name": name, "seed": seed, "overrides": overrides, **found}
+            for (name, seed, overrides), found in zip(work, scores, strict=True)]
+    out = RESULTS / "ablations" / f"{ladder.stem}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out, json.dumps({"config": str(config), "rows": rows}, indent=1))
+    Console(width=None if sys.stdout.isatty() else 110).print(_table(ladder.stem, rows))
+    click.echo(f"written to {out}")
+
+
+def _changes(ladder: Path) -> dict[str, list[str]]:
+    try:
+        changes = parse_yaml(ladder.read_text())
+    except OSError as error:
+        raise UserError(f"{ladder}: cannot be read ({error.strerror})") from None
+    if not isinstance(changes, dict) or not all(isinstance(v, list) for v in changes.values()):
+        raise UserError(f"{ladder}: write it as  name: [section.key=value, ...]")
+    return changes
+
+
+def _run_name(ladder: Path, name: str, seed: int) -> str:
+    return f"{ladder.stem}-{name}-s{seed}"
+
+
+def _score(config: Path, ladder: Path, name: str, seed: int, overrides: list[str]) -> dict[str, Any]:
+    """Train where needed, score where needed; what failed says so in its row and stops nothing else."""
+    run = Run(RESULTS / _run_name(ladder, name, seed))
+    sets = [part for o in (*overrides, f"seed={seed}", f"name={run.name}") for part in ("--set", o)]
+    if not _finished(run):
+        again = ["--resume"] if run.config_file.exists() else []
+        failed = _mlx_hjepa(["train", str(config), *sets, *again])
+        if failed or not _finished(run):
+            return {"failed": failed or "interrupted"}
+    report = run.evaluation / "report-validation.json"
+    if not report.exists():
+        failed = _mlx_hjepa(["eval", str(run.folder), "--knn", "--linear", "--validation"])
+        if failed:
+            return {"failed": failed}
+    trained = read_json(report)["rows"]["trained"]
+    found = {f"{p}_{level}": trained.get(level, trained["last"])[p]["accuracy"] for p, level in COLUMNS}
+    seconds = json.loads(run.metrics_file.read_text().splitlines()[-1])["seconds"]
+    return found | {"effective_rank": trained["last"]["effective_rank"], "train_seconds": seconds}
+
+
+def _finished(run: Run) -> bool:
+    if not run.metrics_file.exists():
+        return False
+    lines = [json.loads(line) for line in run.metrics_file.read_text().splitlines() if line.endswith("}")]
+    return any(line["kind"] == "end" and line["finished"] for line in lines)
+
+
+def _mlx_hjepa(arguments: list[str]) -> str | None:
+    """None when it went well, else the end of what it said."""
+    done = subprocess.run([sys.executable, "-m", "mlx_hjepa.cli", *arguments], capture_output=True, text=True,
+                          env=os.environ)
+    return None if done.returncode == 0 else (done.stderr or done.stdout).strip()[-300:]
+
+
+def _table(title: str, rows: list[dict[str, Any]]) -> Table:
+    """Mean over the seeds, with their spread, and the step from the first row."""
+    out = Table(title=f"{title}: held-out pictures, %; step from the first row")
+    for heading in ("change", *(f"{p} {level}" for p, level in COLUMNS), "rank last", "train s"):
+        out.add_column(heading, justify="left" if heading == "change" else "right")
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row["name"], []).append(row)
+    base: dict[str, float] = {}
+    for name, group in groups.items():
+        good = [row for row in group if "failed" not in row]
+        if not good:
+            out.add_row(name, f"failed: {group[0]['failed'].splitlines()[-1]}")
+            continue
+        cells = []
+        for key in (f"{p}_{level}" for p, level in COLUMNS):
+            values = [100 * row[key] for row in good]
+            step = mean(values) - base.setdefault(key, mean(values))
+            spread = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
+            cells.append(f"{mean(values):.1f}{spread} ({step:+.1f})")
+        out.add_row(name, *cells, f"{mean(r['effective_rank'] for r in good):.0f}",
+                    f"{mean(r['train_seconds'] for r in good):.0f}")
+    return out
+
+
+if __name__ == "__main__":
+    main()
