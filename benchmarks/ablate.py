@@ -3,9 +3,9 @@
 
     python benchmarks/ablate.py configs/vit_wide_20ep.yaml ladder.yaml --jobs 3 --seeds 0,1
 
-ladder.yaml maps a name to its overrides, `{base: [], blocks: [masking.select=blocks]}`. Each
-ladder.yaml maps a name to its overrides, as in `{base: [], blocks: [masking.select=blocks]}`. Each
-the test set. A run that is finished is not run again, one cut off is resumed. Writes results/ablations/<ladder>.json.
+ladder.yaml maps a name to its overrides, as in `{base: [], blocks: [masking.select=blocks]}`. Each (name, seed) is
+an ordinary run of `mlx-hjepa train`, then scored on the held-out pictures (`eval --validation`), never on the test
+set. One that is finished is not run again, one cut off is resumed. Writes results/ablations/<ladder>.json.
 """
 
 from __future__ import annotations

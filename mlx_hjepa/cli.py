@@ -83,15 +83,16 @@ def train(config: str, overrides: tuple[str, ...], resume: bool, keep_awake: boo
 @click.option("--checkpoint", default="latest", help="latest, best, or a checkpoint's folder.")
 @click.option("--encoder", type=click.Choice(["target", "context"]), default="target", help="Which encoder to score.")
 @click.option("--subset", type=click.IntRange(min=100), help="Score only so many pictures of each split.")
+@click.option("--validation", is_flag=True, help="Score on the held-out training pictures, not on the test set.")
 @click.option("--dataset", type=DATASETS, help="Score on other pictures than the run's own (transfer).")
 @click.option("--root", help="Where they are: an unpacked archive, or a folder of pictures.")
-@click.option("--fine-tune-epochs", type=int, nargs=2,
+@click.option("--fine-tune-epochs", type=click.IntRange(min=1), nargs=2,
               help="Epochs of fine-tuning and from scratch. [default: 100 200]")
 @as_json
 @friendly
 def evaluate(runs: tuple[str, ...], everything: bool, checkpoint: str, encoder: str, subset: int | None,
-             dataset: str | None, root: str | None, fine_tune_epochs: tuple[int, int] | None, as_json: bool,
-             **asked: bool) -> None:
+             validation: bool, dataset: str | None, root: str | None, fine_tune_epochs: tuple[int, int] | None,
+             as_json: bool, **asked: bool) -> None:
     """Score RUN, the newest by default, beside raw pixels and its untrained encoder.
 
     Without a protocol: k-NN and linear probe. Several runs are also put side by side in one table.
@@ -99,6 +100,8 @@ def evaluate(runs: tuple[str, ...], everything: bool, checkpoint: str, encoder: 
     from mlx_hjepa.config import section
     from mlx_hjepa.evaluate import report, summary
 
+    if root and not dataset:
+        raise UserError("--root says where the pictures of --dataset are. Give --dataset too")
     if everything:
         asked = {name: name != "augmented" or asked[name] for name in asked}
     elif not any(asked.values()):
@@ -109,7 +112,7 @@ def evaluate(runs: tuple[str, ...], everything: bool, checkpoint: str, encoder: 
     for run in [Run.open(r) for r in runs] or [Run.newest()]:
         other = section(Data, "data", {"dataset": dataset, "root": root, "source": "resident",
                                        "image_size": run.config.data.image_size}) if dataset else None
-        what = report.Target(encoder, checkpoint, subset, other)  # type: ignore[arg-type]
+        what = report.Target(encoder, checkpoint, subset, other, validation)  # type: ignore[arg-type]
         reports.append(_scored(run, protocols, what, as_json))
     if as_json:
         click.echo(json.dumps(reports if len(reports) > 1 else reports[0]))

@@ -17,7 +17,7 @@ import click
 
 import mlx_hjepa  # noqa: F401  (it chooses the BLAS before MLX is imported)
 from mlx_hjepa.cli import friendly
-from mlx_hjepa.run import Run, UserError, read_json, write_atomically
+from mlx_hjepa.run import Run, UserError, read_arrays, read_json, write_atomically
 
 SHARD_BYTES = 15_500_000
 THINNED_BYTES = 500_000
@@ -31,7 +31,10 @@ THINNED_BYTES = 500_000
 @friendly
 def main(run: str, weights: bool, commit: str | None, out: Path) -> None:
     source = Run.open(run)
-    report = read_json(source.evaluation / "report.json")
+    file = source.evaluation / "report.json"
+    if not file.is_file():
+        raise UserError(f"{run}: not evaluated yet; run: mlx-hjepa eval {run} --all")
+    report = read_json(file)
     missing = {"raw", "random", "trained"} - report["rows"].keys()
     if missing or not all("linear" in r["last"] and "knn" in r["last"] for r in report["rows"].values()):
         raise UserError(f"{run}: its report is not whole; run: mlx-hjepa eval {run} --knn --linear")
@@ -89,7 +92,10 @@ def thinned(text: str) -> str:
     step = -(-len(text) // THINNED_BYTES)
     kept, seen = [], 0
     for line in lines:
-        training = json.loads(line)["kind"] == "train"
+        try:
+            training = json.loads(line)["kind"] == "train"
+        except json.JSONDecodeError:  # cut by a crash
+            continue
         if not training or seen % step == 0:
             kept.append(line)
         seen += training
@@ -100,10 +106,11 @@ def write_shards(file: Path, folder: Path) -> None:
     """Weights as bf16 safetensors, each shard under SHARD_BYTES."""
     import mlx.core as mx
 
+    weights = read_arrays(file)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     shards: list[dict[str, mx.array]] = [{}]
-    for name, weight in sorted(mx.load(str(file)).items()):
+    for name, weight in sorted(weights.items()):
         half = weight.astype(mx.bfloat16)
         if shards[-1] and sum(w.nbytes for w in shards[-1].values()) + half.nbytes > SHARD_BYTES:
             shards.append({})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -36,6 +37,15 @@ class FrozenEncoder:
             self.encoder.depths = sorted({*self.levels, *range(first, self.encoder.depth + 1)})
         self.depths = self.encoder.depths
         self._forward: Any = mx.compile(self._pooled)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the weights and of how pictures are normalised, in hexadecimal."""
+        value = hashlib.sha256(repr((self.mean, self.std)).encode())
+        for name in sorted(self.weights):
+            value.update(f"{name} {self.weights[name].shape}".encode())
+            value.update(np.array(self.weights[name]).tobytes())
+        return value.hexdigest()
 
     def _pooled(self, weights: Weights, images: mx.array) -> mx.array:
         return pooled_features(self.encoder(weights, self._patches(images), fused=True))
@@ -104,20 +114,28 @@ def load(path: str | Path, encoder: Literal["target", "context"] = "target", che
 
 def frozen(run: Run, weights: Weights, last_four: bool = False) -> FrozenEncoder:
     """Weights checked against the run's configuration. Raises UserError when they are of another model."""
-    config, dataset = run.config, run.environment["dataset"]
+    config, (mean, std) = run.config, _colours(run)
     expected = {n: w.shape for n, w in Encoder(config).init(mx.random.key(0)).items()}
     wrong = [n for n in expected.keys() | weights.keys() if n not in weights or weights[n].shape != expected.get(n)]
     if wrong:
         raise UserError(f"{run.folder}: its weights do not fit its config.yaml, or were written by other code; "
                         f"the first of {len(wrong)} that differ: {min(wrong)}")
-    return FrozenEncoder(config, weights, tuple(dataset["mean"]), tuple(dataset["std"]), last_four)
+    return FrozenEncoder(config, weights, mean, std, last_four)
 
 
 def random_encoder(run: Run, last_four: bool = False) -> FrozenEncoder:
     """The untrained encoder of the run's own seed, as it was at step 0."""
-    dataset = run.environment["dataset"]
-    mean, std = tuple(dataset["mean"]), tuple(dataset["std"])
+    mean, std = _colours(run)
     return FrozenEncoder(run.config, HJEPA(run.config, mean, std).init()[0], mean, std, last_four)
+
+
+def _colours(run: Run) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of the pictures that the run was trained on. Raises UserError."""
+    try:
+        dataset = run.environment["dataset"]
+        return tuple(dataset["mean"]), tuple(dataset["std"])
+    except (KeyError, TypeError):
+        raise UserError(f"{run.environment_file}: without the data's mean and std, so written by other code") from None
 
 
 def read_weights(files: list[Path]) -> Weights:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_hjepa import backend, metrics
 from mlx_hjepa.config import Augment, Data
 from mlx_hjepa.data.augment import augment, normalise
 from mlx_hjepa.data.dataset import Dataset, load_dataset
-from mlx_hjepa.evaluate import Features
+from mlx_hjepa.evaluate import Features, check_features
 from mlx_hjepa.evaluate.features import FrozenEncoder, load, random_encoder
 from mlx_hjepa.evaluate.few_shot import episodes, few_labels
 from mlx_hjepa.evaluate.fine_tune import fine_tune
@@ -46,12 +49,14 @@ class Protocols:
 
 @dataclass(frozen=True)
 class Target:
-    """What of a run is scored, and on which pictures; data: other pictures than it was trained on (transfer)."""
+    """What of a run is scored, and on which pictures; data: other pictures than it was trained on (transfer);
+    validation: the held-out training pictures instead of the test set, to choose by."""
 
     encoder: Literal["target", "context"] = "target"
     checkpoint: str = "latest"
     subset: int | None = None
     data: Data | None = None
+    validation: bool = False
 
 
 def evaluate(run: Run, protocols: Protocols | None = None, what: Target | None = None, say: Say = print,
@@ -64,16 +69,17 @@ def evaluate(run: Run, protocols: Protocols | None = None, what: Target | None =
     began, config = time.monotonic(), run.config
     trained = load(run.folder, what.encoder, what.checkpoint, last_four=True)
     dataset = load_dataset(what.data or config.data, say=say)
-    split = splits(dataset, config.data.split_seed, what.subset)
+    if what.data is None and dataset.fingerprint != run.environment["dataset"]["fingerprint"]:
+        say("note: the pictures are not those the run was trained on (another fingerprint)")
+    split = splits(dataset, config.data.split_seed, what.subset, what.validation)
+    split.check()
     if split.note:
         say(split.note)
     about = _about(run, what)
     cache = run.evaluation / "features"
-    subjects = [
-        Subject("raw", split, None, progress=progress),
-        Subject("random", split, random_encoder(run, last_four=True), cache,
-                f"seed {config.seed} {dataset.fingerprint}", progress),
-        Subject("trained", split, trained, cache, f"{about['weights']} {dataset.fingerprint}", progress)]
+    subjects = [Subject("raw", split, None, progress=progress)]
+    for name, encoder in (("random", random_encoder(run)), ("trained", trained)):
+        subjects.append(Subject(name, split, encoder, cache, f"{encoder.digest} {dataset.fingerprint}", progress))
     flip = config.augment.flip if what.data is None else what.data.dataset != "digits"
     rows: dict[str, Any] = {}
     for subject in subjects:
@@ -84,36 +90,62 @@ def evaluate(run: Run, protocols: Protocols | None = None, what: Target | None =
               **_with_labels(trained, split, protocols, say, progress)}
     report["seconds"] = round(time.monotonic() - began, 1)
     run.evaluation.mkdir(exist_ok=True)
+    report = _with_earlier(report, run.evaluation / f"{report_name(report)}.json")
     write_atomically(run.evaluation / f"{report_name(report)}.json", json.dumps(report, indent=1))
     return report
+
+
+def _with_earlier(report: dict[str, Any], file: Path) -> dict[str, Any]:
+    """Scores of the same weights on the same pictures that another call made are kept; a report about others is moved
+    aside under the name of its checkpoint."""
+    if not file.exists():
+        return report
+    old = read_json(file)
+    if any(old.get(k) != report[k] for k in ("weights", "encoder")) or old["dataset"] != report["dataset"]:
+        aside = "-".join(filter(None, [file.stem, old.get("checkpoint", "published"),
+                                       f"subset{old['dataset']['subset']}" if old["dataset"]["subset"] else ""]))
+        os.replace(file, file.with_name(f"{aside}.json"))
+        return report
+    rows = {name: {level: old["rows"][name].get(level, {}) | scores for level, scores in levels.items()}
+            for name, levels in report["rows"].items()}
+    used = {k: v or report["protocols"][k] for k, v in old["protocols"].items()}
+    commands = old["command"] if report["command"] in old["command"] else f"{old['command']}; {report['command']}"
+    return old | report | {"rows": rows, "protocols": used, "command": commands,
+                           "seconds": round(old["seconds"] + report["seconds"], 1)}
 
 
 def report_name(report: dict[str, Any]) -> str:
     """report, with the data set's name for a transfer and the encoder's for the context encoder."""
     data = report["dataset"]
     return "-".join(["report", *([data["name"]] if data["transfer"] else []),
-                     *(["context"] if report["encoder"] == "context" else [])])
+                     *(["context"] if report["encoder"] == "context" else []),
+                     *(["validation"] if data["validation"] else [])])
 
 
 def _about(run: Run, what: Target) -> dict[str, Any]:
     """Where the scores come from: everything needed to get them again."""
     config, environment = run.config, backend.environment()
     about = {"run": run.name, "preset": config.name, "encoder": what.encoder, "seed": config.seed,
-             "epochs": config.training.epochs, "views": "masked-only", "device": backend.device(), "versions": environment["versions"],
-             "commit": environment["commit"], "command": shlex.join(["mlx-hjepa", *sys.argv[1:]])}
+             "epochs": config.training.epochs, "views": "masked-only", "device": backend.device(),
+             "versions": environment["versions"], "commit": environment["commit"],
+             "command": shlex.join(["mlx-hjepa", *sys.argv[1:]])}
     if run.published_weights:
         return about | {"weights": " ".join(map(digest, run.published_weights))}
     folder = run.checkpoint(what.checkpoint)
     state = read_json(folder / "state.json")
     file = "target.safetensors" if what.encoder == "target" else "model.safetensors"
-    return about | {"checkpoint": folder.name, "step": state["step"], "train_seconds": round(state["seconds"], 1),
-                    "pictures_seen": state["step"] * config.training.batch, "weights": state["digests"][file]}
+    try:
+        return about | {"checkpoint": folder.name, "step": state["step"], "train_seconds": round(state["seconds"], 1),
+                        "pictures_seen": state["step"] * config.training.batch, "weights": state["digests"][file]}
+    except KeyError as key:
+        raise UserError(f"{folder / 'state.json'}: without {key}, so written by other code") from None
 
 
 def _data(dataset: Dataset, split: Splits, what: Target) -> dict[str, Any]:
     return {"name": dataset.name, "note": dataset.note, "fingerprint": dataset.fingerprint,
             "train": len(split.train_rows), "test": len(split.test_rows), "subset": what.subset,
-            "test_split": split.note or "test", "transfer": what.data is not None}
+            "test_split": split.note or "test", "transfer": what.data is not None,
+            "validation": what.validation}
 
 
 def _score(subject: Subject, protocols: Protocols, mirror: bool) -> dict[str, Any]:
@@ -127,6 +159,7 @@ def _score(subject: Subject, protocols: Protocols, mirror: bool) -> dict[str, An
 def _score_level(subject: Subject, level: str | int, protocols: Protocols, mirror: bool) -> dict[str, Any]:
     split = subject.split
     test, classes = subject.features("test", level), len(split.classes)
+    check_features(test.plain, f"{subject.name} features, {level}")
     scores: dict[str, Any] = {"dim": test.plain.shape[1], "effective_rank": metrics.effective_rank(test.plain)}
     if protocols.knn:
         scores["knn"] = _knn(subject.features("train", level), test, classes)
@@ -136,7 +169,7 @@ def _score_level(subject: Subject, level: str | int, protocols: Protocols, mirro
         scores["linear"] = {
             "accuracy": result.accuracy, "interval": result.interval, "top5": result.top5, "lr": result.lr,
             "validation": {f"{lr:g}": a for lr, a in result.validation_accuracy.items()},
-            "per_class": result.per_class.tolist(), "confusion": result.confusion.tolist()}
+            "per_class": _plain(result.per_class), "confusion": result.confusion.tolist()}
         if protocols.augmented and subject.encoder and level in ("last", "levels"):
             scores["linear_augmented"] = _augmented(subject, subject.encoder, level, result.lr, mirror)
     if protocols.few_shot and level in ("last", "levels"):
@@ -150,7 +183,12 @@ def _knn(train: Features, test: Features, classes: int) -> dict[str, Any]:
     return {"accuracy": result.top1, "interval": result.interval, "top5": result.top5, "k": HEADLINE[0],
             "T": HEADLINE[1], "by_k": {str(k): result.accuracy[k, HEADLINE[1]] for k in ks},
             "sweep": [{"k": k, "T": t, "accuracy": a} for (k, t), a in result.accuracy.items()],
-            "per_class": result.per_class.tolist()}
+            "per_class": _plain(result.per_class)}
+
+
+def _plain(values: np.ndarray) -> list[float | None]:
+    """For JSON, which has no NaN: the accuracy of a class without test pictures is null."""
+    return [None if np.isnan(v) else float(v) for v in values]
 
 
 def _few_shot(train: Features, test: Features, classes: int) -> dict[str, Any]:
@@ -186,8 +224,9 @@ def _quality(subjects: list[Subject], protocols: Protocols, say: Say) -> dict[st
     if not protocols.quality:
         return {}
     say("feature quality ...")
-    untrained = quality(subjects[1], pictures=min(1000, len(subjects[1].split.test_rows) // 4))
-    found = quality(subjects[2], untrained, pictures=min(1000, len(subjects[2].split.test_rows) // 4))
+    count = max(2, min(1000, len(subjects[1].split.test_rows) // 4))
+    untrained = quality(subjects[1], pictures=count)
+    found = quality(subjects[2], untrained, pictures=count)
     return {"quality": {"random": untrained, "trained": found}, "verdict": found["verdict"], "reason": found["reason"]}
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,20 +46,32 @@ class Splits:
         assert self.test.labels is not None
         return self.test.labels[self.test_rows]
 
+    def check(self) -> None:
+        """Raise UserError when there are too few pictures to score, or a class has none in the bank."""
+        if not len(self.validation) or not len(self.test_rows):
+            raise UserError(f"{len(self.train_rows)} training and {len(self.test_rows)} test pictures are too few to "
+                            "score: it takes 10 labelled training pictures, a tenth to be held out, and 1 test picture")
+        missing = np.setdiff1d(np.arange(len(self.classes)), self.train_labels)
+        if len(missing):
+            raise UserError(f"class {self.classes[missing[0]]!r} has no picture in the bank of {len(self.train_rows)}, "
+                            "so no probe can find it. Use a larger --subset, or more pictures of it")
 
-def splits(dataset: Dataset, split_seed: int, subset: int | None = None) -> Splits:
+
+def splits(dataset: Dataset, split_seed: int, subset: int | None = None, held_out: bool = False) -> Splits:
     """All training pictures as the bank and the whole test split; `subset` takes that many of each, spread evenly.
 
-    Without a test split the validation pictures are scored and left out of the bank. Raises UserError without labels.
+    held_out, and data without a test split: the validation pictures are scored instead, and left out of the bank.
+    Raises UserError without labels.
     """
     if dataset.train.labels is None:
         raise UserError("these pictures have no labels, so there is nothing to score. Lay them out as train/<class>/*, "
                         "or take their features: mlx-hjepa embed")
     rows, note = np.arange(len(dataset.train)), None
-    if dataset.test is None:
+    if dataset.test is None or held_out:
         held = validation_split(len(rows), split_seed)[1]
         rows, test, test_rows = np.setdiff1d(rows, held), dataset.train, held
-        note = f"no test split: scored on {len(held)} training pictures held out from the probes"
+        why = "not the test set" if held_out else "no test split"
+        note = f"{why}: scored on {len(held)} training pictures held out from the probes"
     else:
         test, test_rows = dataset.test, np.arange(len(dataset.test))
     if test.labels is None:
@@ -118,12 +132,19 @@ class Subject:
         print_of = hashlib.sha256(about.encode() + rows.tobytes()).hexdigest()[:16]
         file = self.cache / f"{self.name}-{split}{'-mirror' if mirror else ''}-{print_of}.npy"
         if file.exists():
-            return np.load(file)
+            with contextlib.suppress(ValueError, OSError, EOFError):  # a damaged one is written anew
+                return np.load(file)
         found = self._compute(split, mirror)
         self.cache.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(".tmp.npy")
-        np.save(temporary, found)
-        temporary.replace(file)
+        temporary = file.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            with open(temporary, "wb") as out:
+                np.save(out, found)
+                out.flush()
+                os.fsync(out.fileno())
+            temporary.replace(file)
+        finally:
+            temporary.unlink(missing_ok=True)
         sync_folder(self.cache)
         return found
 

@@ -7,6 +7,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from rich.table import Table
+from scipy.special import stdtrit
 
 from mlx_hjepa.evaluate.report import report_name
 from mlx_hjepa.run import Run, write_atomically
@@ -17,7 +18,8 @@ Report = dict[str, Any]
 def table(report: Report) -> Table:
     """Every subject and level of one report."""
     data = report["dataset"]
-    out = Table(title=f"{report['run']}: {data['name']}, {data['test']:,} test pictures, {report['encoder']} encoder")
+    title = f"{report['run']}: {data['name']}, {data['test']:,} test pictures, {report['encoder']} encoder"
+    out = Table(title=", ".join([title, *_notes(data)]))
     headings = ("features", "level", "k-NN, k 20", "linear probe", "effective rank")
     for heading in headings:
         out.add_column(heading, justify="left" if heading in headings[:2] else "right")
@@ -52,8 +54,7 @@ def markdown(run: Run, report: Report) -> str:
             f"{data['name']}, {data['test']:,} test pictures, bank of {data['train']:,}; frozen {report['encoder']} "
             f"encoder, {report['views']}, {report['epochs']} epochs, seed {report['seed']}. ± is half of Wilson's 95 % "
             "interval.", ""]
-    if data["note"]:
-        text += [f"{data['note']}.", ""]
+    text += [line for note in _notes(data) for line in (f"{note}.", "")]
     if "verdict" in report:
         text += [f"**Features: {report['verdict']}** ({report['reason']}).", ""]
     text += _grid(["features", "level", "k-NN k 20, T 0.07", "linear probe", "effective rank"],
@@ -64,11 +65,18 @@ def markdown(run: Run, report: Report) -> str:
             f = report[name]
             text += [f"{label}: {percent(f)} after epoch {f['epoch']} of {f['epochs']}, chosen on {f['held_out']:,} "
                      f"held-out pictures, trained on {f['trained_on']:,}.", ""]
-    text += _sweep(report) + _few_shot(report) + _quality(report)
+    text += _augmented(report) + _sweep(report) + _few_shot(report) + _quality(report) + _pictures(run, report)
     text += ["## Where this comes from", "", *(f"- {key}: {report[key]}" for key in (
         "command", "checkpoint", "weights", "pictures_seen", "train_seconds", "commit", "versions") if key in report),
         f"- device: {report['device']['name']}; evaluation took {report['seconds']:.0f} s"]
     return "\n".join(text) + "\n"
+
+
+def _notes(data: Report) -> list[str]:
+    """What a reader of the numbers must know of the pictures."""
+    subset = f"a subset: at most {data['subset']:,} pictures of each split" if data["subset"] else None
+    return [note for note in (data["note"], subset, data["test_split"] if data["test_split"] != "test" else None)
+            if note]
 
 
 def _grid(headings: list[str], rows: list[list[str]]) -> list[str]:
@@ -87,6 +95,17 @@ def _sweep(report: Report) -> list[str]:
                 rows.append([name, level, *(f"{100 * best[w]:.1f}" if w in best else "-" for w in wanted)])
     heads = ["features", "level", *(f"k {k}" for k in (1, 5, 10, 20, 50, 100, 200)), "k 200, T 0.1 (lightly)"]
     return ["## k-NN, T 0.07", "", *_grid(heads, rows)] if rows else []
+
+
+def _augmented(report: Report) -> list[str]:
+    found = [f"{name}, {level}: {percent(scores['linear_augmented'])}" for name, levels in report["rows"].items()
+             for level, scores in levels.items() if "linear_augmented" in scores]
+    return [f"Linear probe on fresh crops in every epoch: {'; '.join(found)}.", ""] if found else []
+
+
+def _pictures(run: Run, report: Report) -> list[str]:
+    files = [f"{report_name(report)}-{part}.png" for part in ("knn", "levels", "confusion", "spectrum")]
+    return [line for file in files if (run.evaluation / file).is_file() for line in (f"![{file}]({file})", "")]
 
 
 def _few_shot(report: Report) -> list[str]:
@@ -135,29 +154,32 @@ def write(run: Run, report: Report) -> None:
     from mlx_hjepa.plots.evaluation import draw
 
     name = report_name(report)
-    write_atomically(run.evaluation / f"{name}.md", markdown(run, report))
     draw(report, run.evaluation, name)
+    write_atomically(run.evaluation / f"{name}.md", markdown(run, report))
 
 
 def comparison(reports: list[Report]) -> Table:
     """Several runs side by side. Runs of one preset and different seeds are pooled below as mean and spread.
 
-    A `~` marks what is within the noise of the best: a difference under 1.96 standard errors of two proportions.
+    A `~` marks what is within the noise of the best on the same pictures: for runs a difference under 1.96 standard
+    errors of two proportions, for pooled seeds one under Student's 95 % point of the two means (Welch).
     """
     out = Table(title="runs side by side; ~ is within the noise of the best")
     for heading in ("run", "data", "epochs", "seed", "k-NN", "linear", "k-NN last", "linear last", "rank last"):
         out.add_column(heading, justify="left" if heading in ("run", "data") else "right")
     columns = [("levels", "knn"), ("levels", "linear"), ("last", "knn"), ("last", "linear")]
-    best = {c: max((s for s in (_score(r, *c) for r in reports) if s), default=None, key=lambda s: s["accuracy"])
-            for c in columns}
-    for r in reports:
-        cells = [_marked(_score(r, *c), best[c], r["dataset"]["test"]) for c in columns]
+    scores = [[_score(r, *c) for c in columns] for r in reports]
+    for r, row in zip(reports, scores, strict=True):
+        rivals = [other for o, other in zip(reports, scores, strict=True) if _pictures_of(o) == _pictures_of(r)]
+        cells = [_marked(score, [other[i] for other in rivals], r["dataset"]["test"]) for i, score in enumerate(row)]
         out.add_row(r["run"], r["dataset"]["name"], str(r["epochs"]), str(r["seed"]), *cells,
                     f"{r['rows']['trained']['last']['effective_rank']:.0f}")
     out.add_section()
-    for name, group in _by_preset(reports).items():
-        cells = [_pooled([_score(r, *c) for r in group]) for c in columns]
-        out.add_row(name, group[0]["dataset"]["name"], str(group[0]["epochs"]), f"{len(group)} seeds", *cells, "")
+    groups = _by_preset(reports)
+    for (name, _, epochs), group in groups.items():
+        others = [g for (_, pictures, _), g in groups.items() if pictures == _pictures_of(group[0])]
+        cells = [_pooled(_values(group, *c), [_values(g, *c) for g in others]) for c in columns]
+        out.add_row(name, group[0]["dataset"]["name"], str(epochs), f"{len(group)} seeds", *cells, "")
     return out
 
 
@@ -166,21 +188,42 @@ def _score(report: Report, level: str, protocol: str) -> Report | None:
     return rows.get(level, rows["last"]).get(protocol)
 
 
-def _marked(score: Report | None, best: Report | None, n: int) -> str:
-    if score is None or best is None:
+def _pictures_of(report: Report) -> tuple[str, int]:
+    return report["dataset"]["fingerprint"], report["dataset"]["test"]
+
+
+def _marked(score: Report | None, rivals: list[Report | None], n: int) -> str:
+    if score is None:
         return "-"
-    p, q = score["accuracy"], best["accuracy"]
+    p, q = score["accuracy"], max(r["accuracy"] for r in rivals if r)
     noise = 1.96 * math.sqrt((p * (1 - p) + q * (1 - q)) / n)
-    return f"{100 * p:.1f}{' best' if score is best else ' ~' if q - p < noise else ''}"
+    return f"{100 * p:.1f}{' best' if p == q else ' ~' if q - p < noise else ''}"
 
 
-def _by_preset(reports: list[Report]) -> dict[str, list[Report]]:
-    groups: dict[str, list[Report]] = {}
+def _by_preset(reports: list[Report]) -> dict[tuple[str, tuple[str, int], int], list[Report]]:
+    """Reports that differ in their seed alone, by preset, pictures and epochs; those of several seeds."""
+    groups: dict[tuple[str, tuple[str, int], int], list[Report]] = {}
     for r in reports:
-        groups.setdefault(f"{r['preset']} on {r['dataset']['name']}", []).append(r)
-    return {name: group for name, group in groups.items() if len({r["seed"] for r in group}) > 1}
+        groups.setdefault((r["preset"], _pictures_of(r), r["epochs"]), []).append(r)
+    return {key: group for key, group in groups.items() if len({r["seed"] for r in group}) > 1}
 
 
-def _pooled(scores: list[Report | None]) -> str:
-    values = [100 * s["accuracy"] for s in scores if s]
-    return f"{mean(values):.1f} ± {stdev(values):.1f}" if len(values) > 1 else "-"
+def _values(group: list[Report], level: str, protocol: str) -> list[float]:
+    return [100 * score["accuracy"] for score in (_score(r, level, protocol) for r in group) if score]
+
+
+def _pooled(values: list[float], rivals: list[list[float]]) -> str:
+    if len(values) < 2:
+        return "-"
+    best = max((r for r in rivals if len(r) > 1), key=mean)
+    mark = "" if len(rivals) < 2 else " best" if mean(values) == mean(best) else " ~" if _alike(values, best) else ""
+    return f"{mean(values):.1f} ± {stdev(values):.1f}{mark}"
+
+
+def _alike(a: list[float], b: list[float]) -> bool:
+    """No difference of the means at 5 %, by Welch's test."""
+    u, v = stdev(a) ** 2 / len(a), stdev(b) ** 2 / len(b)
+    if u + v == 0:
+        return False
+    freedom = (u + v) ** 2 / (u**2 / (len(a) - 1) + v**2 / (len(b) - 1))
+    return abs(mean(a) - mean(b)) < stdtrit(freedom, 0.975) * math.sqrt(u + v)
