@@ -142,6 +142,35 @@ def _out() -> Console:
 
 
 @main.command()
+@click.argument("run", required=False)
+@as_json
+@friendly
+def analyze(run: str | None, as_json: bool) -> None:
+    """Judge RUN, the newest by default, or a console log of the PyTorch H-JEPA, and say what to run next."""
+    from mlx_hjepa.analyze import report
+
+    result = report.analyze(_source(run))
+    click.echo(json.dumps(result) if as_json else "\n".join([*report.summary(result), *result["files"]]))
+
+
+@main.command()
+@click.argument("run", required=False)
+@click.option("--refresh", type=click.FloatRange(min=0.1), default=5.0, help="Seconds between looks.")
+@friendly
+def watch(run: str | None, refresh: float) -> None:
+    """Follow RUN, the newest by default, from another terminal; analyse it when it ends."""
+    from mlx_hjepa.analyze.watch import watch as follow
+
+    follow(_source(run), refresh=refresh, say=click.echo)
+
+
+def _source(run: str | None) -> Run | Path:
+    if run and Path(run).is_file():
+        return Path(run)
+    return Run.open(run) if run else Run.newest()
+
+
+@main.command()
 @click.argument("run")
 @click.argument("folder")
 @click.option("--out", required=True, help="The .npz file to write.")

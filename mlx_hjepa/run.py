@@ -213,3 +213,11 @@ def read_arrays(file: Path) -> dict[str, Any]:
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{file}: cannot be read ({str(error).splitlines()[0]})") from None
     return arrays  # type: ignore[return-value]
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 45 s, 12 min or 3 h 05 min."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -87,14 +87,6 @@ def truncate(metrics: Path, step: int) -> None:
     write_atomically(metrics, "".join(f"{line}\n" for line in kept))
 
 
-def duration(seconds: float) -> str:
-    """Seconds as 45 s, 12 min or 3 h 05 min."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
 def _plain(value: Any) -> Any:
     """JSON has no NaN: what is not finite becomes null. Floats keep 6 digits."""
     if isinstance(value, dict):

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import mlx.core as mx
 
-from mlx_hjepa.train.log import duration
+from mlx_hjepa.run import duration
 
 SLOWER = 0.9  # of the usual rate: said as a warning
 

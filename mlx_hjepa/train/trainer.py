@@ -20,10 +20,10 @@ from mlx_hjepa.data.source import batches, order, steps_per_epoch
 from mlx_hjepa.evaluate.features import FrozenEncoder
 from mlx_hjepa.evaluate.knn import knn_accuracy
 from mlx_hjepa.model.hjepa import HEALTH_STEP, HJEPA, key_of
-from mlx_hjepa.run import Run, UserError, write_atomically
+from mlx_hjepa.run import Run, UserError, duration, write_atomically
 from mlx_hjepa.schedule import Schedule
 from mlx_hjepa.train import checkpoint, health
-from mlx_hjepa.train.log import Log, duration, truncate
+from mlx_hjepa.train.log import Log, truncate
 from mlx_hjepa.train.pace import Pace
 from mlx_hjepa.train.step import STATISTICS, Step, part
 

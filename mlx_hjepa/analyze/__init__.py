@@ -1,0 +1,1 @@
+"""How long a run takes, whether it learns, and what to run next."""

@@ -1,0 +1,183 @@
+"""What to run next: the command, and why."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx_hjepa
+from mlx_hjepa.analyze.faults import Fault, faults, restarted
+from mlx_hjepa.analyze.history import History
+from mlx_hjepa.analyze.measures import SPEED_FAULTS, Criterion, Span, span, time_left, times_of
+from mlx_hjepa.config import Config, ConfigError, load
+
+Times = Callable[[Config, int], Span]  # seconds of a configuration run for so many epochs
+
+BASELINE_HOURS, NIGHT_HOURS = 4, 14
+NEXT = {  # the ladder of presets, files under configs/
+    "digits_demo": "vit_tiny_5ep", "vit_tiny_5ep": "vit_tiny_20ep", "vit_tiny_20ep": "vit_small_100ep",
+    "vit_wide_20ep": "vit_small_100ep", "m1_max_quick_val": "compat/m1_max_full_20epoch",
+    "m1_max_full_20epoch": "compat/m1_max_full_100epoch",
+}
+COMPAT = {5: "m1_max_quick_val", 20: "m1_max_full_20epoch", 100: "m1_max_full_100epoch"}
+
+
+@dataclass
+class Recommendation:
+    command: str
+    why: list[str] = field(default_factory=list)
+
+
+def preset_file(name: str) -> Path:
+    """The file of a preset: from the folder one works in, or from the package's own checkout."""
+    for folder in (Path("configs"), Path(mlx_hjepa.__file__).parents[1] / "configs"):
+        if (folder / f"{name}.yaml").is_file():
+            return folder / f"{name}.yaml"
+    return Path("configs") / f"{name}.yaml"
+
+
+def presets() -> dict[str, Config]:
+    """Every preset on the ladder that is on this machine."""
+    names = sorted({*NEXT, *NEXT.values()} - {*COMPAT.values()} | {f"compat/{name}" for name in COMPAT.values()})
+    return {name: config for name in names if (config := _try_load(preset_file(name)))}
+
+
+def recommend(h: History, where: Path, found: list[Fault], judged: list[Criterion], times: Times | None = None,
+              now: float | None = None) -> Recommendation:
+    """The next command and why. where: the run's folder, or the log's file; times: seconds of other presets."""
+    state, base, own = h.state(now), h.config, where / "config.yaml"
+    if h.pytorch:
+        own = preset_file("compat/" + COMPAT.get(round((h.total or 0) / (h.epoch_steps or 1)), COMPAT[5]))
+        base = _try_load(own)
+    failed = {c.name for c in judged if c.passed is False}
+    fault = next((f for f in found if f.name not in SPEED_FAULTS), None)
+    beside = [f"{f.name}: {f.advice}" for f in found if f.name in SPEED_FAULTS]
+    if fault:
+        changes, why = remedy(h, fault.name, base)
+        if state == "running":
+            why = ["stop this run (Ctrl-C saves it): it will not mend itself", *why]
+        return Recommendation(train(own, changes), [*why, *beside])
+    if state != "finished" and not h.pytorch:
+        return _unfinished(h, shlex.quote(str(where)), state, beside)
+    if f"{h.measure} down" in failed:
+        changes, why = remedy(h, "slow", base)
+        return Recommendation(train(own, changes), [f"the {h.measure} fell too little", *why, *beside])
+    file, changes, why = _next(h, where, times)
+    if "steady speed" in failed and file is not None and not beside:
+        extra, reason = _steadier(base)
+        changes, why = {**changes, **extra}, [*why, reason]
+    if "speed" in failed:
+        file, changes, why = preset_file("vit_tiny_5ep"), {}, [
+            "under 2.5 it/s: at 32 px and patch 4 there are 64 tokens instead of 196, for the same pictures"]
+    if file is None:
+        return Recommendation(f"mlx-hjepa eval {shlex.quote(str(where))} --knn --linear", [*why, *beside])
+    return Recommendation(train(file, changes), [*why, *beside])
+
+
+def _unfinished(h: History, where: str, state: str, beside: list[str]) -> Recommendation:
+    if state == "running":
+        left = time_left(h)
+        return Recommendation(f"mlx-hjepa watch {where}", [
+            "nothing is wrong: let it go on" + (f", {span(left)} left" if left else ""), *beside])
+    return Recommendation(f"mlx-hjepa train {where} --resume", [
+        f"{'saved' if state == 'stopped' else 'nothing written any more'} at step {h.last_step:,} of "
+        f"{h.total or 0:,}, nothing wrong so far", *beside])
+
+
+def train(file: Path, changes: dict[str, Any]) -> str:
+    """The command line that trains by a configuration with some keys changed."""
+    sets = "".join(f" --set {shlex.quote(f'{key}={value}')}" for key, value in changes.items())
+    return f"mlx-hjepa train {shlex.quote(str(file))}{sets}"
+
+
+def remedy(h: History, fault: str, base: Config | None) -> tuple[dict[str, Any], list[str]]:
+    """Which keys to change against a fault, and why: the design note's rules, and what the configuration shows."""
+    if base is None:
+        return {}, [f"{f.name}: {f.advice}" for f in faults(h) if f.name == fault]
+    t = base.training
+    if fault == "non-finite" and t.precision == "fp16":
+        return {"training.precision": "auto"}, ["non-finite: fp16 overflows where bf16 and fp32 do not"]
+    if fault in ("non-finite", "collapse"):
+        changes, why = _cause(t)
+        return changes, [f"{fault}: {why}"]
+    if fault in ("divergence", "unstable lr"):
+        if restarted(h):
+            return {}, ["unstable lr: the schedule started anew within this run; start a new one"]
+        warmup = min(2 * t.warmup_epochs or 1, t.epochs / 2)
+        return {"training.lr": _short(t.lr / 2), "training.warmup_epochs": warmup}, [
+            f"{fault}: half the learning rate, twice the warm-up (the note's rule)"]
+    if t.ema[0] >= 0.9999:
+        return {"training.ema": "[0.996, 0.9999]"}, [
+            f"plateau: training.ema starts at {t.ema[0]:g}, and the target encoder, which is scored, hardly moves"]
+    if t.lr * 256 / t.batch <= 1e-3:
+        return {"training.lr": _short(1.5 * t.lr), "training.warmup_epochs": t.warmup_epochs / 2}, [
+            f"{fault}: 1.5 times the learning rate, half the warm-up (the note's rule)"]
+    depths = {level.depth for level in base.model.levels}
+    if base.model.depth and len(depths) < base.model.depth:
+        return {"model.levels": str(list(range(1, base.model.depth + 1)))}, [
+            f"{fault}, and the learning rate is high enough: every block a level gave 2 points of linear accuracy"]
+    return {"training.batch": max(1, t.batch // 2)}, [f"{fault}: more, smaller steps, by half the batch"]
+
+
+def _cause(t: Any) -> tuple[dict[str, Any], str]:
+    """The key of the training section that is furthest from any that works; the learning rate if none stands out."""
+    if t.ema[0] < 0.99:
+        return {"training.ema": f"[0.996, {max(t.ema[1], 0.9995):g}]"}, (
+            f"training.ema starts at {t.ema[0]:g}, so the targets follow the context encoder too closely")
+    if t.weight_decay > 0.5:
+        return {"training.weight_decay": 0.05}, f"training.weight_decay {t.weight_decay:g} pulls all weights to zero"
+    changes: dict[str, Any] = {"training.lr": _short(min(t.lr / 3, 1.5e-3))}
+    if t.clip > 10:
+        changes["training.clip"] = 1.0
+    return changes, "a third of the learning rate" + (", at most the presets' 1.5e-3" if t.lr > 4.5e-3 else "")
+
+
+def _steadier(base: Config | None) -> tuple[dict[str, Any], str]:
+    if base is not None and base.data.source == "stream" and base.data.dataset != "folder":
+        return {"data.source": "resident"}, "unsteady speed: pictures in memory take the loader out of it"
+    threads = max(1, (base.data.threads if base is not None else 4) // 2)
+    return {"data.threads": threads}, "unsteady speed: fewer loader threads leave cores to the step (the note's rule)"
+
+
+def _next(h: History, where: Path, times: Times | None) -> tuple[Path | None, dict[str, Any], list[str]]:
+    """The next rung: file, keys to set, why. No file: the ladder ends here, score the run."""
+    epochs = round((h.total or 0) / (h.epoch_steps or 1))
+    name = COMPAT.get(epochs, COMPAT[5]) if h.pytorch else h.config.name if h.config else ""
+    score = f"score this run: mlx-hjepa eval {shlex.quote(str(where))} --knn --linear"
+    why = ["it learns, and nothing is wrong"] + ([] if h.pytorch else [score])
+    own = times_of(h)
+    if name in NEXT:
+        choice, took = NEXT[name], _took(NEXT[name], times)
+        if name == "vit_tiny_5ep":
+            took = took or own.get(20)  # the same encoder, batch and pictures
+            wide = _took("vit_wide_20ep", times)
+            if wide and wide[1] <= 3600 * BASELINE_HOURS:
+                choice, took = "vit_wide_20ep", wide  # learns more in as many epochs
+        if took is None or took[1] <= 3600 * NIGHT_HOURS:
+            return preset_file(choice), {}, [*why, f"{choice}: {span(took)} here" if took else f"{choice} is next"]
+        why.append(f"{choice} would take {span(took)} here, more than a night")
+    if h.config is None or epochs >= 100:
+        return None, {}, why
+    longer = 20 if epochs < 20 else 100
+    took = own.get(longer)
+    return where / "config.yaml", {"training.epochs": longer}, [
+        *why, f"the same for {longer} epochs" + (f": {span(took)} here" if took else "")]
+
+
+def _took(name: str, times: Times | None) -> Span | None:
+    config = _try_load(preset_file(name))
+    return times(config, config.training.epochs) if times and config else None
+
+
+def _try_load(file: Path) -> Config | None:
+    try:
+        return load(file)
+    except ConfigError:
+        return None
+
+
+def _short(value: float) -> str:
+    return f"{value:.3g}"
