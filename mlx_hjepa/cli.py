@@ -30,7 +30,11 @@ def friendly(command: Callable) -> Callable:
             return command(*args, **kwargs)
         except (UserError, ConfigError) as error:
             click.echo(f"error: {error}", err=True)
-            sys.exit(2)
+        except BrokenPipeError:
+            raise
+        except OSError as error:  # a full disk, a folder without permission
+            click.echo(f"error: {error.filename or ''}: {error.strerror or error}", err=True)
+        sys.exit(2)
 
     return wrapped
 

@@ -114,8 +114,12 @@ class Model(Section):
     @classmethod
     def _resolve_size(cls, values: Any) -> Any:
         if isinstance(values, dict) and values.get("size") in SIZES:
-            dim, depth = SIZES[values["size"]]
-            return {**values, "dim": values.get("dim") or dim, "depth": values.get("depth") or depth}
+            named = dict(zip(("dim", "depth"), SIZES[values["size"]], strict=True))
+            for key, value in named.items():
+                if values.get(key) not in (None, value):
+                    raise ValueError(f"size {values['size']} has {key} {value}, not {values[key]}; "
+                                     f"give either, the other as null")
+            return {**values, **named}
         return values
 
     @model_validator(mode="after")
@@ -194,6 +198,10 @@ class Training(Section):
             raise ValueError(f"betas must be below 1; found {list(self.betas)}")
         if self.warmup_epochs >= self.epochs:
             raise ValueError(f"warmup_epochs {self.warmup_epochs:g} leaves nothing of {self.epochs} epochs")
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr {self.min_lr:g} is above lr {self.lr:g}")
+        if self.ema[0] > self.ema[1]:
+            raise ValueError(f"ema falls from {self.ema[0]:g} to {self.ema[1]:g}; it must rise or stay")
         if self.batch % self.accumulation:
             raise ValueError(f"batch {self.batch} is no multiple of accumulation {self.accumulation}")
         return self
@@ -302,6 +310,7 @@ def load(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Confi
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a configuration is a mapping of sections such as data, model, training")
+    values = {key: value for key, value in values.items() if value is not None}  # a section left empty
     values.setdefault("name", path.stem)
     for item in overrides:
         _override(values, item)

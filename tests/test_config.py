@@ -302,7 +302,8 @@ def test_one_section_by_itself():
 
 @pytest.mark.parametrize("changes", [
     {},
-    {"training__lr": 1e-5, "training__eps": 1e-12, "training__min_lr": 0.1 + 0.2, "augment__aspect": [0.75, 4 / 3]},
+    {"training__lr": 1e-5, "training__eps": 1e-12, "training__weight_decay": 0.1 + 0.2, "training__min_lr": 1e-7,
+      "augment__aspect": [0.75, 4 / 3]},
     {"model__levels": [1, {"depth": 2, "pool": 2}], "model__level_weights": [1, 0.25]},
     {"name": "1e5", "data__root": "yes"},  # words that a YAML reader takes for something else
     {"model__level_weights": "balanced", "training__weight_decay_end": 0.4, "masking__select": "blocks",
@@ -348,3 +349,28 @@ def test_every_key_is_read_by_something():
     assert len(keys) > 60
     unread = {key for key in keys - resolved_here if key.split(".")[-1] not in read}
     assert not unread
+
+
+@pytest.mark.parametrize(("overrides", "words"), [
+    ({"model": {"size": "vit_tiny", "dim": 384, "depth": None, "head_dim": 64, "levels": [12]}},
+     "size vit_tiny has dim 192"),
+    ({"training": {"lr": 1e-5, "min_lr": 1e-4}}, "min_lr 0.0001 is above lr"),
+    ({"training": {"ema": [1.0, 0.9]}}, "ema falls")])
+def test_what_contradicts_itself_is_refused(tiny_config, overrides, words):
+    with pytest.raises(config.ConfigError, match=words):
+        tiny_config(**overrides)
+
+
+def test_a_resolved_configuration_can_be_given_another_size(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(config.load("configs/vit_tiny_20ep.yaml").dump())
+    with pytest.raises(config.ConfigError, match="size vit_small has dim 384"):
+        config.load(file, ["model.size=vit_small"])
+    changed = config.load(file, ["model.size=vit_small", "model.dim=null", "model.depth=null"])
+    assert changed.model.dim == 384
+
+
+def test_a_section_left_empty_has_its_defaults(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("model: {size: vit_tiny, levels: [12]}\ntraining:\n")
+    assert config.load(file).training == config.Training()
