@@ -152,8 +152,9 @@ def _out() -> Console:
 def analyze(run: str | None, as_json: bool) -> None:
     """Judge RUN, the newest by default, or a console log of the PyTorch H-JEPA, and say what to run next."""
     from mlx_hjepa.analyze import report
+    from mlx_hjepa.analyze.projection import times_here
 
-    result = report.analyze(_source(run))
+    result = report.analyze(_source(run), times_here())
     click.echo(json.dumps(result) if as_json else "\n".join([*report.summary(result), *result["files"]]))
 
 
@@ -163,9 +164,36 @@ def analyze(run: str | None, as_json: bool) -> None:
 @friendly
 def watch(run: str | None, refresh: float) -> None:
     """Follow RUN, the newest by default, from another terminal; analyse it when it ends."""
+    from mlx_hjepa.analyze.projection import times_here
     from mlx_hjepa.analyze.watch import watch as follow
 
-    follow(_source(run), refresh=refresh, say=click.echo)
+    follow(_source(run), times_here(), refresh, say=click.echo)
+
+
+@main.command()
+@click.argument("config")
+@click.option("--epochs", type=click.IntRange(min=1), help="Instead of the configuration's.")
+@click.option("--chip", metavar="NAME", help="Another machine, such as 'M1 Max': a roofline projection.")
+@click.option("--budget", metavar="TIME", help="Which presets beside CONFIG fit into 3h, 45m ...")
+@click.option("--pictures", type=click.IntRange(min=1), help="Training pictures of a folder.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key.")
+@as_json
+@friendly
+def project(config: str, epochs: int | None, chip: str | None, budget: str | None, pictures: int | None,
+            overrides: tuple[str, ...], as_json: bool) -> None:
+    """How long CONFIG will take here, from the throughput benchmark or 20 seconds of measuring."""
+    from mlx_hjepa.analyze import projection
+    from mlx_hjepa.train.step import Step
+
+    def say(text: str) -> None:
+        click.echo(text, err=True)
+
+    settings = load(config, overrides)
+    if budget:
+        click.echo("\n".join(projection.budget(budget, settings, Path(config).parent, chip, Step, say)))
+        return
+    result = projection.project(settings, epochs, chip, Step, pictures, say)
+    click.echo(json.dumps(result) if as_json else "\n".join(projection.describe(result)))
 
 
 def _source(run: str | None) -> Run | Path:

@@ -1,0 +1,397 @@
+#!/usr/bin/env python3
+"""Measure the training step on this machine: `python benchmarks/throughput.py [--quick]`.
+
+Sweeps batch sizes for each model, precision and picture size and fits t = a + b * B. Prints tables and writes
+results/throughput/<machine>.json, from which `mlx-hjepa project` tells how long a run takes, and a picture. Running out
+of memory ends a model's row of batches; Ctrl-C keeps what is done.
+"""
+
+from __future__ import annotations
+
+import mlx_hjepa  # noqa: F401  # isort: skip  (it chooses the BLAS before MLX is imported)
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import click
+import mlx.core as mx
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from mlx_hjepa import backend, config
+from mlx_hjepa.analyze import timing
+from mlx_hjepa.analyze.timing import Row
+from mlx_hjepa.cli import friendly
+from mlx_hjepa.config import Config, ConfigError
+from mlx_hjepa.evaluate.features import FrozenEncoder
+from mlx_hjepa.evaluate.knn import knn_accuracy
+from mlx_hjepa.model.hjepa import HJEPA, key_of
+from mlx_hjepa.run import RESULTS, Run, read_json, write_atomically
+from mlx_hjepa.schedule import Schedule
+from mlx_hjepa.train import checkpoint, health
+from mlx_hjepa.train.step import DTYPES, Step, part
+
+MODELS = {"gpu": "192x12:4,8,12 384x6:2,4,6 384x12:4,8,12", "cpu": "64x4:2,4 128x6:2,4,6 192x12:4,8,12",
+          "quick": "64x4:2,4 128x6:2,4,6"}
+BATCHES = {"gpu": "32,64,128,256,512,1024", "cpu": "8,16,32,64", "quick": "16,32,64"}
+EPOCHS = (5, 20, 50, 100)
+LIKELY_BATCH = 256  # of the picture of hours, as in the presets
+MATRIX = {"cuda": (8192, 10), "metal": (4096, 2), "cpu": (1536, 1)}  # size of the product, how many in a row
+VIEWS = {"Reshape", "Flatten", "Unflatten", "Transpose", "Slice", "Split", "Squeeze", "ExpandDims", "Broadcast",
+         "BroadcastAxes", "AsStrided", "StopGradient", "CustomTransforms", "Depends", "View", "Copy"}
+SAME = ("model", "levels", "precision", "image_size", "gflop")  # rows with these in common have one fit
+
+
+# ---------------------------------------------------------------- what to measure
+
+
+def model_config(spec: str, precision: str = "auto", size: int = 32) -> Config:
+    """`192x12:4,8,12`, or a size's name; levels at thirds of the depth when left out; `12/2` pools 2 x 2 windows.
+
+    Patches of 4 at 32 px, of 16 at 224 px. Raises ConfigError.
+    """
+    found = re.fullmatch(r"(?:(\d+)x(\d+)|(\w+))(?::(\d+(?:/\d+)?(?:,\d+(?:/\d+)?)*))?", spec)
+    if not found or (found[3] and found[3] not in config.SIZES):
+        raise ConfigError(f"--models {spec}: write it as 192x12:4,8,12, or one of {', '.join(config.SIZES)}")
+    dim, depth = config.SIZES[found[3]] if found[3] else (int(found[1]), int(found[2]))
+    chosen = found[4].split(",") if found[4] else sorted({max(1, depth * i // 3) for i in (1, 2, 3)})
+    split, narrow = [[int(n) for n in str(level).split("/")] for level in chosen], min(192, dim)
+    patch = {32: 4, 224: 16}.get(size, max(1, size // 8))
+    tokens = {64: 28}.get((size // patch) ** 2, int(0.39 * (size // patch) ** 2))
+    return config.build({
+        "name": "throughput", "data": {"image_size": size}, "training": {"precision": precision},
+        "model": {"dim": dim, "depth": depth, "patch": patch, "head_dim": math.gcd(dim, 64),
+                  "levels": [dict(zip(("depth", "pool"), level, strict=False)) for level in split]},
+        "predictor": {"dim": narrow, "depth": 4 if depth >= 6 else 2, "head_dim": math.gcd(narrow, 64)},
+        "masking": {"target_tokens": tokens, "context_tokens": tokens}}, f"--models {spec}")
+
+
+def plan(models: str, configs: tuple[str, ...], precisions: str, sizes: str) -> list[Config]:
+    """The configurations to sweep over batch sizes."""
+    specs = [model_config(m, p, s) for m in models.split() for p in precisions.split(",") for s in _numbers(sizes)]
+    return specs + [config.load(path, [f"training.precision={p}"]) for path in configs for p in precisions.split(",")]
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(n) for n in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"{text}: write numbers with commas between them") from None
+
+
+# ---------------------------------------------------------------- the step's graph
+
+
+@contextmanager
+def one_kernel_each() -> Iterator[None]:
+    """Let layer norms (1 kernel; backward 1, and 2 column sums if affine) and fused attention (1) count as on a GPU."""
+    def stand_in(x, *_, **__):
+        return mx.softmax(x, axis=-1)
+
+    norm = mx.custom_function(stand_in)
+
+    @norm.vjp
+    def _(primals, cotangent, __):
+        sums = [cotangent.reshape(-1, cotangent.shape[-1]).sum(axis=0) for _ in primals[1:]]
+        return (mx.softmax(cotangent, axis=-1), *sums)
+
+    kept = mx.fast.layer_norm, mx.fast.scaled_dot_product_attention
+    mx.fast.layer_norm = lambda x, w, b, eps: norm(*(a for a in (x, w, b) if a is not None))
+    mx.fast.scaled_dot_product_attention = stand_in
+    try:
+        yield
+    finally:
+        mx.fast.layer_norm, mx.fast.scaled_dot_product_attention = kept
+
+
+def graph(c: Config) -> tuple[list[str], int]:
+    """The compiled step's operations that are no views, and how many more its concatenations are (one an input)."""
+    step = Step(HJEPA(c, (0.5,) * 3, (0.25,) * 3), Schedule(c.training, 10), backend.precision(c.training.precision))
+    state, images = step.initial_state(), mx.zeros((c.training.batch, 32, 32, 3), mx.uint8)
+    key, scalars = key_of(0, 0), step.scalars(0, [1.0] * len(c.model.levels))
+    mx.eval(images, key, scalars)
+    with one_kernel_each(), tempfile.TemporaryDirectory() as folder:
+        new, statistics = step(state, images, key, scalars)
+        file = Path(folder) / "graph.dot"
+        mx.export_to_dot(str(file), *new.arrays(), statistics)
+        text = file.read_text()
+    names = dict(re.findall(r'(\d+) \[label ="([^"]*)", shape=rectangle\]', text))
+    inputs = Counter(re.findall(r'"[A-Z]+" -> (\d+)', text))
+    copies = sum(inputs[node] - 1 for node, name in names.items() if name == "Concatenate")
+    return [name for name in names.values() if name not in VIEWS], copies
+
+
+def launches(c: Config) -> float | None:
+    """Kernels, copies and fills that a step really launches on CUDA, from the graphs that MLX writes out; else None."""
+    if backend.kind() != "cuda":
+        return None
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import throughput as t; t.dump_graphs()"
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run([sys.executable, "-c", code], input=json.dumps([c.model_dump(mode="json"), folder]),
+                              env={**os.environ, "MLX_SAVE_CUDA_GRAPHS_DOT_FILE": f"{folder}/graph"},
+                              text=True, capture_output=True)
+    return float(done.stdout.split()[-1]) if done.returncode == 0 else None
+
+
+def dump_graphs(steps: int = 4) -> None:
+    """The child process of `launches`: prints the launches a step, counted over `steps` after the first three."""
+    values, folder = json.load(sys.stdin)
+    beat = timing.pulses(config.build(values), Step)
+    list(islice(beat, 3))
+    before = set(Path(folder).iterdir())
+    list(islice(beat, steps))
+    print(sum(graph_nodes(file.read_text()) for file in set(Path(folder).iterdir()) - before) / steps)
+
+
+def graph_nodes(text: str) -> int:
+    """Nodes of a CUDA graph's DOT text that do work: not the nodes that stand for child graphs, nor empty ones."""
+    labels = re.findall(r'"graph_\d+_node_\d+"\[[^\]]*label="([^"]*)"', text.replace("\\n", "\n"))
+    return sum(not re.search(r"\bEMPTY\b|^\s*\d+\s+graph_\d+\s*$", label) for label in labels)
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def matrix_tflops(precision: str) -> float:
+    """What this machine reaches in large square matrix products, TFLOP/s; the best of five."""
+    size, count = MATRIX[backend.kind()]
+    x = (mx.random.normal((size, size)) * size**-0.5).astype(DTYPES[precision])
+    mx.eval(x)
+
+    def seconds() -> float:
+        start, y = time.perf_counter(), x
+        for _ in range(count):
+            y = y @ x
+        mx.eval(y)
+        return time.perf_counter() - start
+
+    seconds()
+    return 2 * size**3 * count / min(seconds() for _ in range(5)) / 1e12
+
+
+def costs(c: Config, first_step: float) -> timing.Costs:
+    """Seconds of a health check, an online k-NN probe and a checkpoint of a CIFAR run, from encoding 512 pictures."""
+    def timed(work: Callable[[], Any]) -> float:
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+
+    step = Step(HJEPA(c, (0.5,) * 3, (0.25,) * 3), Schedule(c.training, 10), backend.precision(c.training.precision))
+    state, rng = step.initial_state(), np.random.default_rng(0)
+    images = rng.integers(0, 256, (timing.HEALTH_PICTURES, 32, 32, 3), dtype=np.uint8)
+    probe = FrozenEncoder(c, part(step.layout.views(state.target), "encoder"), step.model.mean, step.model.std)
+    once, encoding = (timed(lambda: probe.depth_features(images)) for _ in range(2))
+    first, checking = (timed(lambda: mx.eval(step.health(state, mx.array(images), key_of(0, 0)))) for _ in range(2))
+    held = rng.normal(size=(timing.VALIDATION, len(probe.depths), probe.dim)).astype(np.float32)
+    bank, labels = np.concatenate([held, held]), np.arange(2 * timing.VALIDATION) % 10
+
+    def search() -> None:
+        for view in (lambda x: x[:, -1], lambda x: x.reshape(len(x), -1)):
+            knn_accuracy(view(bank), labels, view(held), labels[: len(held)], 10, ks=(20,))
+
+    unready, searching = (timed(search) for _ in range(2))
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run(folder)
+        run.checkpoints.mkdir()
+        saving = timed(lambda: checkpoint.save(run, state, step.layout, {"step": 0}))
+    picture, statistics = encoding / len(images), timed(lambda: health.statistics(held))
+    compiling = once - encoding + first - checking + unready - searching
+    return timing.Costs(first_step + compiling, timing.VALIDATION * picture + checking + statistics,
+                        (timing.VALIDATION + timing.BANK) * picture + searching, saving)
+
+
+def sweep(configs: list[Config], batches: list[int] | None, effort: dict[str, Any], count: bool,
+          document: dict[str, Any], done: Callable[[], None], say: Callable[[str], None]) -> None:
+    """Measure each configuration at each batch size into `document`; `done` is called after each configuration."""
+    for c in configs:
+        precision, nodes = timing.key(c)["precision"], None
+        if precision not in document["matrix_tflops"]:
+            document["matrix_tflops"][precision] = matrix_tflops(precision)
+        rows: list[Row] = []
+        for batch in batches or [c.training.batch]:
+            sized = timing.with_batch(c, batch)
+            try:
+                if rows and rows[-1]["peak_gb"] * batch / rows[-1]["batch"] > 0.9e-9 * backend.device()["memory"]:
+                    raise MemoryError  # before the machine swaps, or Linux kills
+                nodes = nodes or graph(sized)
+                row = timing.measure(sized, Step, **effort)
+            except (MemoryError, RuntimeError) as error:
+                if not out_of_memory(error):
+                    raise
+                document["out_of_memory"].append({**timing.key(c), "batch": batch})
+                say(f"{timing.key(c)['model']} at batch {batch}: out of memory")
+                break
+            rows.append(row | {"matrix_share": row["tflops"] / document["matrix_tflops"][precision],
+                               "kernels": len(nodes[0]), "kernels_with_copies": len(nodes[0]) + nodes[1]})
+            document["rows"].append(rows[-1])
+            say(f"{row['model']}:{row['levels']} {precision} {row['image_size']} px, batch {batch}: "
+                f"{row['it_s']:.3g} it/s, {row['img_s']:,.0f} img/s, first step {row['first_step_s']:.1f} s")
+        if len({row["batch"] for row in rows}) > 1:
+            found = timing.fit(rows)
+            beside = costs(timing.with_batch(c, rows[0]["batch"]), min(row["first_step_s"] for row in rows))
+            document["fits"].append({**timing.key(c), "a": found.a, "b": found.b, "interval": found.interval,
+                                     "left_out": timing.left_out(rows), "costs": beside._asdict(),
+                                     "launches": launches(sized) if count else None})
+        done()
+
+
+def out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or bool(re.search(r"malloc|memory|allocat", str(error), re.IGNORECASE))
+
+
+def sustained(c: Config, minutes: float) -> dict[str, Any]:
+    """The rate over a longer time, and in its first and last tenth."""
+    beat, times = timing.pulses(c, Step), []
+    list(islice(beat, 5))
+    while sum(times) < 60 * minutes:
+        times.append(next(beat))
+    tenth = max(1, len(times) // 10)
+    cold, settled = (1 / float(np.mean(share)) for share in (times[:tenth], times[-tenth:]))
+    return {**timing.key(c), "batch": c.training.batch, "minutes": minutes, "it_s_cold": cold, "it_s_settled": settled}
+
+
+def facts() -> dict[str, Any]:
+    """The machine, the code, its power; thermal: macOS's own words, None elsewhere."""
+    thermal = None
+    if sys.platform == "darwin":
+        thermal = subprocess.run(["pmset", "-g", "therm"], capture_output=True, text=True).stdout.strip()
+    return {**backend.environment(), "on_battery": backend.on_battery(), "thermal": thermal}
+
+
+# ---------------------------------------------------------------- telling
+
+
+def tables(document: dict[str, Any]) -> list[Table]:
+    """The rows, and the fits."""
+    rows = Table("model", "levels", "px", "precision", "batch", "it/s", "img/s", "TFLOP/s", "of matrix rate", "GB",
+                 "kernels", "first step", title=f"{document['machine']}{', quick' if document['quick'] else ''}")
+    for r in document["rows"]:
+        rows.add_row(r["model"], r["levels"], str(r["image_size"]), r["precision"], str(r["batch"]),
+                     f"{r['it_s']:.3g} ± {100 * r['spread']:.0f} %", f"{r['img_s']:,.0f}", f"{r['tflops']:.3g}",
+                     f"{100 * r['matrix_share']:.1f} %", f"{r['peak_gb']:.2f}",
+                     f"{r['kernels']} ({r['kernels_with_copies']})", f"{r['first_step_s']:.1f} s")
+    fits = Table("model", "levels", "px", "precision", "a", "b a picture", "interval", "left out", "health", "k-NN",
+                 "checkpoint", title="t = a + b * B")
+    for f in document["fits"]:
+        errors = ", ".join(f"{batch}: {100 * error:+.1f} %" for batch, error in f["left_out"].items())
+        fits.add_row(f["model"], f["levels"], str(f["image_size"]), f["precision"], f"{1e3 * f['a']:.2f} ms",
+                     f"{1e6 * f['b']:.1f} µs", f"± {100 * f['interval']:.0f} %", errors,
+                     *(f"{f['costs'][name]:.2f} s" for name in ("health", "knn", "checkpoint")))
+    return [rows, fits]
+
+
+def picture(document: dict[str, Any], cadence: Config, file: Path) -> None:
+    """it/s and img/s against batch size; hours of 5 to 100 epochs by the fit, checked and saved as `cadence` asks."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    def named(entries: list[Row]) -> dict[str, list[Row]]:
+        groups: dict[str, list[Row]] = {}
+        for e in entries:
+            groups.setdefault("{model}, levels {levels}, {image_size} px, {precision}".format(**e), []).append(e)
+        return groups
+
+    figure, axes = plt.subplots(1, 3, figsize=(16, 4.8), constrained_layout=True)
+    for label, rows in named(document["rows"]).items():
+        for axis, what in zip(axes, ("it_s", "img_s"), strict=False):
+            axis.plot([r["batch"] for r in rows], [r[what] for r in rows], "o-", label=label)
+    for label, fits in named(document["fits"]).items():
+        speed = timing.Fit(*(fits[-1][k] for k in ("a", "b", "interval")), timing.Costs(**fits[-1]["costs"]))
+        done = [timing.project(timing.with_batch(cadence, LIKELY_BATCH), speed, epochs) for epochs in EPOCHS]
+        spread = [[(p.mid - p.low) / 3600 for p in done], [(p.high - p.mid) / 3600 for p in done]]
+        axes[2].errorbar(EPOCHS, [p.mid / 3600 for p in done], spread, fmt="o-", capsize=3, label=label)
+    sizes = sorted({r["batch"] for r in document["rows"]})
+    for axis, title in zip(axes, ("steps a second", "pictures a second"), strict=False):
+        axis.set(xscale="log", yscale="log", xlabel="batch size", title=title)
+        axis.set_xticks(sizes, labels=sizes)
+        axis.set_xticks([], minor=True)
+    axes[2].set(yscale="log", xlabel="epochs", ylabel="hours", xticks=EPOCHS,
+                title=f"50,000 pictures, batch {LIKELY_BATCH}, with evaluation: by the fit")
+    for axis in axes:
+        axis.grid(alpha=0.3, which="both")
+    axes[0].legend(fontsize=8)
+    figure.suptitle(document["device"]["name"] + (", quick" if document["quick"] else ""))
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def rounded(value: Any) -> Any:
+    """Numbers with five digits that count."""
+    if isinstance(value, dict):
+        return {k: rounded(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(v) for v in value]
+    return float(f"{value:.5g}") if isinstance(value, float) and math.isfinite(value) else value
+
+
+def added(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """`new` with what `old` has beyond it: rows of other points, fits of other models."""
+    for what, identity in (("rows", (*SAME, "batch")), ("fits", SAME), ("out_of_memory", (*SAME, "batch"))):
+        names = {tuple(rounded(entry[k]) for k in identity) for entry in new[what]}
+        new[what] = [e for e in old[what] if tuple(e[k] for k in identity) not in names] + new[what]
+    return new | {"matrix_tflops": old["matrix_tflops"] | new["matrix_tflops"]}
+
+
+@click.command(help=__doc__)
+@click.option("--models", help="Such as '192x12:4,8,12 vit_small'.  [default: by the machine]")
+@click.option("--configs", multiple=True, type=click.Path(), help="Presets to measure instead; several allowed.")
+@click.option("--batches", help="Such as 32,128,512.  [default: by the machine; a preset's own]")
+@click.option("--precisions", default="auto", show_default=True, help="Such as fp32,bf16.")
+@click.option("--sizes", default="32", show_default=True, help="Picture sizes in pixels, such as 32,224.")
+@click.option("--quick", is_flag=True, help="Two small models, three batches, 5 steps and 3 s a point.")
+@click.option("--sustained", "minutes", type=float, default=0.0, help="Then run the first model for so many minutes.")
+@click.option("--launches", "count", is_flag=True, help="Count the real launches too (CUDA).")
+@click.option("--add", is_flag=True, help="Keep what the file holds of other models and batches.")
+@click.option("--out", type=click.Path(path_type=Path), default=RESULTS / "throughput", show_default=True)
+@friendly
+def main(models: str | None, configs: tuple[str, ...], batches: str | None, precisions: str, sizes: str, quick: bool,
+         minutes: float, count: bool, add: bool, out: Path) -> None:
+    backend.set_cache_limit()
+    here = "quick" if quick else "cpu" if backend.kind() == "cpu" else "gpu"
+    chosen = plan(models or ("" if configs else MODELS[here]), configs, precisions, sizes)
+    numbers = _numbers(batches) if batches else None if configs else _numbers(BATCHES[here])
+    effort = {"steps": 5, "seconds": 3.0, "window": 1} if quick else {"steps": 30, "seconds": 10.0}
+    device, file = facts(), timing.throughput_file(out)
+    document: dict[str, Any] = {"machine": file.stem, "device": device, "quick": quick, "matrix_tflops": {}, "rows": [],
+                                "fits": [], "out_of_memory": [], "sustained": None}
+    old = read_json(file) if add and file.is_file() else None
+    out.mkdir(parents=True, exist_ok=True)
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+
+    def save() -> None:
+        write_atomically(file, json.dumps(rounded(added(old, dict(document)) if old else document), indent=1))
+
+    try:
+        sweep(chosen, numbers, effort, count, document, save, console.print)
+        if minutes:
+            document["sustained"] = sustained(timing.with_batch(chosen[0], numbers[-1] if numbers else 32), minutes)
+            console.print("{minutes:g} minutes: {it_s_cold:.3g} it/s cold, {it_s_settled:.3g} it/s settled"
+                          .format(**document["sustained"]))
+    except KeyboardInterrupt:
+        console.print("stopped; what was done is kept")
+    save()
+    final = read_json(file)
+    for table in tables(final):
+        console.print(table)
+    if final["rows"]:
+        picture(final, chosen[0], file.with_suffix(".png"))
+    console.print(f"matrix products: {', '.join(f'{p} {v:.4g} TFLOP/s' for p, v in final['matrix_tflops'].items())}; "
+                  f"written to {file}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,368 @@
+"""FLOPs against the graph, fits, projections, budgets, chips, and what the benchmarks write."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import mlx_hjepa
+from mlx_hjepa import config
+from mlx_hjepa.analyze import chips, timing
+from mlx_hjepa.model import vit
+from mlx_hjepa.model.hjepa import HJEPA, key_of, smooth_l1
+from mlx_hjepa.run import UserError
+from mlx_hjepa.schedule import Schedule
+from mlx_hjepa.train import step as step_module
+from mlx_hjepa.train.step import Step
+
+ROOT = Path(mlx_hjepa.__file__).resolve().parent.parent
+PRESETS = {file.stem: config.load(file) for file in sorted((ROOT / "configs").rglob("*.yaml"))}
+DESIGN_ROW = {"model", "levels", "batch", "precision", "image_size", "it_s", "img_s", "tflops", "peak_gb", "kernels"}
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import throughput  # noqa: E402
+
+
+def rows_of(a, b, batches, noise=0.0, **more):
+    """Rows of a made machine: t = a + b * B, alternately a little slower and faster."""
+    return [{"batch": n, "it_s": 1 / ((a + b * n) * (1 + noise * (-1) ** i)), "spread": 0.01, **more}
+            for i, n in enumerate(batches)]
+
+
+# ---------------------------------------------------------------- FLOPs
+
+
+def products(c, monkeypatch):
+    """FLOPs of every matrix product in the traced step, by the shapes that MLX exports."""
+    monkeypatch.setattr(vit, "gelu", lambda x: x * mx.sigmoid(x))  # custom functions cannot be exported
+    monkeypatch.setattr(step_module, "smooth_l1", lambda a, b: mx.abs(a - b).mean(axis=(0, 1, 3)))
+    step = Step(HJEPA(c, (0.5,) * 3, (0.25,) * 3), Schedule(c.training, 10), "fp32")
+    images = mx.zeros((c.training.batch, c.data.image_size, c.data.image_size, 3), mx.uint8)
+    nodes = []
+    mx.export_function(nodes.append, step._step, *step.initial_state().arrays(), images, key_of(0, 0),
+                       step.scalars(0, [1.0] * len(c.model.levels)))
+    found = [n for n in nodes if n.get("name") in ("Matmul", "AddMM")]
+    return sum(2 * math.prod(n["outputs"][0][1]) * n["inputs"][0][1][-1] for n in found)
+
+
+@pytest.mark.parametrize("change", [
+    {}, {"model": {"depth": 3, "levels": [1, 2, 3], "mlp_ratio": 3}, "masking": {"masks_per_image": 2}}])
+def test_flops_are_those_of_the_traced_step(tiny_config, monkeypatch, change):
+    c = tiny_config(augment={"crop": "none", "flip": False}, **change)
+    counted = products(c, monkeypatch) / c.training.batch
+    assert timing.flops_per_picture(c).total == pytest.approx(counted, rel=0.003)
+
+
+def test_flops_follow_the_formula_of_the_design():
+    f = timing.flops_per_picture(PRESETS["vit_tiny_20ep"])
+
+    def block(n, d):
+        return 24 * n * d * d + 4 * n * n * d
+
+    assert f.target == pytest.approx(12 * block(64, 192), rel=0.01)
+    assert f.context == pytest.approx(3 * 12 * block(28, 192), rel=0.01)
+    assert f.predictor == pytest.approx(3 * 4 * block(56, 192), rel=0.10)  # plus level embeddings and heads
+    assert f.total == f.context + f.target + f.predictor
+
+
+def test_parameters_are_counted(tiny_config):
+    for c in (tiny_config(), PRESETS["vit_small_100ep"]):
+        encoder, predictor = HJEPA(c, (0.5,) * 3, (0.25,) * 3).init()
+        counts = [sum(w.size for w in weights.values()) for weights in (encoder, predictor)]
+        assert timing.parameters(c) == (pytest.approx(counts[0], rel=0.06), pytest.approx(counts[1], rel=0.06))
+
+
+# ---------------------------------------------------------------- fit
+
+
+def test_a_fit_recovers_a_and_b_and_predicts_a_batch_left_out():
+    fit = timing.fit(rows_of(0.004, 0.0002, [8, 32, 128, 512]))
+    assert (fit.a, fit.b) == (pytest.approx(0.004, rel=1e-6), pytest.approx(0.0002, rel=1e-6))
+    assert fit.step(256)[1] == pytest.approx(0.0552, rel=1e-6)
+    noisy = rows_of(0.004, 0.0002, [8, 16, 32, 64, 128, 256, 512], noise=0.03)
+    assert all(abs(error) < 0.10 for error in timing.left_out(noisy).values())
+    assert set(timing.left_out(noisy)) == {16, 32, 64, 128, 256}
+    low, mid, high = timing.fit(noisy).step(64)
+    assert low < 0.004 + 0.0002 * 64 < high
+    assert mid - low == pytest.approx(high - mid)
+
+
+def test_a_fit_never_has_a_negative_part():
+    fit = timing.fit(rows_of(-0.001, 0.001, [4, 16, 64]))
+    assert fit.a == 0
+    assert fit.b == pytest.approx(0.001, rel=0.2)
+    flat = timing.fit(rows_of(0.01, -0.00001, [4, 16, 64]))
+    assert (flat.a, flat.b) == (pytest.approx(0.01, rel=0.1), 0)
+
+
+def test_the_interval_grows_with_the_noise_and_with_too_few_points():
+    quiet, loud = (timing.fit(rows_of(0.004, 0.0002, [8, 32, 128, 512], noise)).interval for noise in (0.0, 0.1))
+    assert 0.03 <= quiet < 0.05 < loud
+    assert timing.fit(rows_of(0.004, 0.0002, [8, 32])).interval >= 0.10
+    with pytest.raises(UserError, match="two batch sizes"):
+        timing.fit(rows_of(0.004, 0.0002, [8, 8]))
+
+
+def test_a_measurement_is_found_by_its_model_alone(tmp_path, tiny_config):
+    c, file = tiny_config(), tmp_path / "machine.json"
+    assert timing.measured(c, file) is None
+    entry = timing.key(c)
+    costs = {"first_step": 1.0, "health": 2.0, "knn": 3.0, "checkpoint": 4.0}
+    rows = rows_of(0.01, 0.001, [4, 8, 16], **entry)
+    file.write_text(json.dumps({"rows": rows, "fits": [{**entry, "costs": costs}]}))
+    found = timing.measured(c, file)
+    assert (found.a, found.b) == (pytest.approx(0.01), pytest.approx(0.001))
+    assert found.costs == timing.Costs(1.0, 2.0, 3.0, 4.0)
+    for other in ({"model": {"levels": [2]}}, {"training": {"precision": "bf16"}}, {"masking": {"context_tokens": 8}}):
+        assert timing.measured(tiny_config(**other), file) is None
+    file.write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        timing.measured(c, file)
+
+
+# ---------------------------------------------------------------- projections and budgets
+
+
+def speed(a, b, interval=0.1, costs=None):
+    return timing.Fit(a, b, interval, costs)
+
+
+def test_a_projection_adds_up(tiny_config):
+    c = tiny_config(data={"dataset": "cifar10", "image_size": 32}, training={"batch": 500, "epochs": 10},
+                    logging={"health_every": 2, "knn_every": 5}, checkpoints={"every_epochs": 4, "every_minutes": 1e6})
+    p = timing.project(c, speed(0.1, 0.0002, costs=timing.Costs(30, 2, 5, 1)))
+    assert p.steps == 1_000
+    # health at 0, 2, 4, 6, 8, 10; k-NN at 5, 10; checkpoints at 4, 5, 8, 10
+    assert p.parts == pytest.approx({"training": 200, "first_step": 30, "health": 12, "knn": 10, "checkpoint": 4})
+    assert p.mid == pytest.approx(256)
+    assert (p.low, p.high) == (pytest.approx(0.9 * 256), pytest.approx(1.1 * 256))
+    assert timing.project(c, speed(0.1, 0.0002), epochs=20).parts["training"] == pytest.approx(400)
+    assert timing.project(c, speed(0.1, 0.0002), pictures=5_000).steps == 100
+
+
+def test_a_projection_without_measured_costs_still_counts_evaluation():
+    p = timing.project(PRESETS["vit_tiny_20ep"], speed(0.0, 0.001))
+    assert p.parts["health"] > 0
+    assert p.parts["knn"] > 0
+    assert p.parts["checkpoint"] > 0
+    assert p.parts["training"] == pytest.approx(20 * 195 * 0.256)
+    assert p.mid < 1.3 * p.parts["training"]
+
+
+def test_a_projection_says_what_it_lacks(tiny_config, tmp_path):
+    folder = tiny_config(data={"dataset": "folder", "root": str(tmp_path)})
+    with pytest.raises(UserError, match="number of its training pictures"):
+        timing.project(folder, speed(0.1, 0.001))
+    assert timing.project(folder, speed(0.1, 0.001), pictures=40).steps == 20
+    with pytest.raises(UserError, match="larger than the 3"):
+        timing.project(folder, speed(0.1, 0.001), pictures=3)
+
+
+def test_a_budget_gives_presets_batches_and_epochs_that_fit():
+    native = {name: PRESETS[name] for name in ("vit_tiny_20ep", "vit_wide_20ep", "vit_small_100ep")}
+
+    def rate(c):
+        return speed(0.01, 1e-12 * timing.flops_per_picture(c).total)
+
+    options = timing.fits(7_200, native, rate)
+    assert options
+    for option in options:
+        sized = timing.with_batch(native[option.preset], option.batch)
+        assert option.projection.high <= 7_200 < timing.project(sized, rate(sized), option.epochs + 1).high
+        assert option.complete == (option.epochs >= native[option.preset].training.epochs)
+    first = options[0]
+    assert (first.preset, first.batch, first.complete) == ("vit_wide_20ep", 256, True)
+    assert first.overrides() == f"--set training.batch=256 --set training.epochs={first.epochs}"
+    assert not any(o.complete for o in options if o.preset == "vit_small_100ep")
+    assert timing.fits(1, native, rate) == []
+    assert {o.epochs for o in timing.fits(1e9, native, rate, most=150)} == {150}
+
+
+# ---------------------------------------------------------------- chips
+
+
+@pytest.mark.parametrize("chip", chips.CHIPS, ids=lambda c: f"{c.name} {c.cores}")
+def test_every_preset_gets_a_band_that_says_it_is_a_projection(chip):
+    for c in PRESETS.values():
+        band = chips.band(c, chip, c.training.batch)
+        assert 0 < band.low < band.mid < band.high < 100
+        assert band.label.startswith("projection for M")
+    for figure in (chip.peak, chip.memory, chip.matrix, chip.reduction):
+        assert figure is None or (figure.value > 0 and figure.source)
+    assert chip.matrix is None or chip.name.startswith("M5") or chip.matrix.value < 0.86 * chip.peak.value
+
+
+def test_an_m1_max_is_calibrated():
+    chip = chips.find("Apple M1 Max")
+    assert (chip.cores, chip.memory.value, chip.matrix.value, chip.matrix.measured) == (32, 400, 7.24, True)
+    assert chip.peak.value == pytest.approx(10.6, rel=0.01)
+    for name in ("vit_tiny_20ep", "vit_small_100ep"):
+        c = PRESETS[name]
+        low, mid, high, _ = chips.band(c, chip, 256)
+        rates = [timing.flops_per_picture(c).total * 256 / t / 1e12 for t in (high, mid, low)]
+        assert rates == [pytest.approx(2.0), pytest.approx(math.sqrt(7)), pytest.approx(3.5)]
+    small = chips.band(PRESETS["digits_demo"], chip, 8)
+    assert small.mid == pytest.approx(3e-6 * chips.kernels(PRESETS["digits_demo"]))  # launches decide
+
+
+def test_chips_are_found_by_name():
+    assert chips.find("m4 max").cores == 40
+    assert chips.find("M1 Max 24").matrix.measured is False
+    with pytest.raises(UserError, match=r"Did you mean M1 Max\?"):
+        chips.find("M1 Macs")
+    with pytest.raises(UserError, match="32 or 24 GPU cores"):
+        chips.find("M1 Max 30")
+    c = PRESETS["vit_small_100ep"]
+    hours = timing.project(c, chips.Projected(c, chips.find("M1 Max")))
+    assert 2.4 < hours.low / 3600 < hours.high / 3600 < 6
+
+
+# ---------------------------------------------------------------- benchmarks
+
+
+def test_a_sweep_writes_rows_of_the_published_format(tiny_config, tmp_path, monkeypatch):
+    measure = timing.measure
+
+    def until_8(c, *args, **kwargs):
+        if c.training.batch == 8:
+            raise RuntimeError("[malloc] Unable to allocate 1 bytes.")
+        return measure(c, *args, **kwargs)
+
+    monkeypatch.setattr(timing, "measure", until_8)
+    document = {"matrix_tflops": {"fp32": 0.1}, "rows": [], "fits": [], "out_of_memory": []}
+    c, kept = tiny_config(), []
+    throughput.sweep([c], [2, 4, 8, 16], {"steps": 3, "seconds": 0.0, "window": 1}, False, document,
+                     lambda: kept.append(1), lambda _: None)
+    assert kept == [1]
+    assert [row["batch"] for row in document["rows"]] == [2, 4]
+    assert [row["batch"] for row in document["out_of_memory"]] == [8]
+    for row in document["rows"]:
+        assert row.keys() >= DESIGN_ROW
+        assert row["img_s"] == pytest.approx(row["it_s"] * row["batch"])
+        assert row["tflops"] == pytest.approx(timing.flops_per_picture(c).total * row["img_s"] / 1e12)
+        assert row["matrix_share"] == pytest.approx(row["tflops"] / 0.1)
+        assert row["steps"] >= 3
+    (fit,) = document["fits"]
+    assert all(fit["costs"][name] > 0 for name in ("health", "knn", "checkpoint"))
+    text = json.dumps(throughput.rounded({**document, "machine": "m", "quick": True}))
+    shown = throughput.tables(json.loads(text))
+    assert [table.row_count for table in shown] == [2, 1]
+    merged = throughput.added(json.loads(text), {**document, "rows": [], "fits": document["fits"], "out_of_memory": []})
+    assert (len(merged["rows"]), len(merged["fits"])) == (2, 1)
+
+
+def test_other_errors_end_the_sweep(tiny_config, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(timing, "measure", broken)
+    with pytest.raises(RuntimeError, match="shapes"):
+        throughput.sweep([tiny_config()], [2], {}, False, {"matrix_tflops": {"fp32": 1}}, print, print)
+
+
+def test_models_are_written_as_words():
+    c = throughput.model_config("192x12:4,8,12/2", "bf16", 224)
+    assert (c.model.dim, c.model.depth, c.model.patch, timing.levels_name(c)) == (192, 12, 16, "4,8,12/2")
+    assert (c.masking.target_tokens, c.masking.context_tokens) == (76, 76)
+    assert timing.levels_name(throughput.model_config("vit_wide")) == "2,4,6"
+    preset, swept = PRESETS["vit_small_100ep"], throughput.model_config("384x12:4,8,12")
+    assert timing.key(preset) == timing.key(swept)  # so that presets are projected from the default sweep
+    for wrong in ("192", "vit_huge", "192x12:a", "192x12:4,8"):
+        with pytest.raises(config.ConfigError):
+            throughput.model_config(wrong)
+
+
+def test_kernels_are_nodes_that_are_no_views(tiny_config):
+    norm = mx.fast.layer_norm
+    names, copies = throughput.graph(tiny_config())
+    assert mx.fast.layer_norm is norm
+    assert {"Split", "Slice", "Reshape", "Transpose", "Squeeze", "Broadcast", "CustomTransforms"}.isdisjoint(names)
+    # 2 + 2 encoder blocks and 1 predictor block: qkv, proj, fc1, fc2 forward; twice backward in the trained three
+    assert sum(name in ("Matmul", "AddMM") for name in names) >= 5 * 4 + 3 * 8
+    assert "Rsqrt" not in names  # norms are one kernel
+    assert copies > 50  # a gradient for each weight
+    deeper = throughput.graph(tiny_config(model={"depth": 3, "levels": [1, 3]}))
+    assert 20 < len(deeper[0]) - len(names) < 100
+
+
+def test_cuda_graphs_are_counted_without_child_and_empty_nodes():
+    text = '''digraph dot {
+subgraph cluster_1 {
+"graph_1_node_0"[style="solid" shape="rectangle" label="0
+graph_2
+"];
+"graph_1_node_1"[style="bold" shape="octagon" label="1
+_Z5saxpyifPfS_
+"];
+"graph_1_node_2"[style="solid" shape="rectangle" label="2
+EMPTY
+"];
+"graph_1_node_0" -> "graph_1_node_1";
+}
+subgraph cluster_2 {
+"graph_2_node_0"[style="bold" shape="octagon" label="0
+graph_reduce
+"];
+}
+}'''
+    assert throughput.graph_nodes(text) == 2
+
+
+def test_twenty_seconds_measure_a_model_that_nobody_measured(tiny_config):
+    rows = timing.measure_here(tiny_config(training={"batch": 16}), Step, seconds=1.0)
+    assert [row["batch"] for row in rows[:2]] == [4, 16]
+    assert 0.3 < timing.fit(rows).step(16)[1] * rows[1]["it_s"] < 3  # other programs may run beside
+
+
+def test_machines_have_file_names():
+    cpu = {"kind": "cpu", "name": "AMD EPYC 9B14 (R)", "threads": 2, "gpu_cores": None}
+    assert timing.machine_name(cpu) == "amd-epyc-9b14-2-threads"
+    assert timing.machine_name({**cpu, "kind": "cuda", "name": "NVIDIA H100 80GB HBM3"}) == "nvidia-h100-80gb-hbm3"
+    metal = {**cpu, "kind": "metal", "name": "Apple M1 Max", "gpu_cores": 32}
+    assert timing.machine_name(metal) == "apple-m1-max-32-cores"
+
+
+@pytest.mark.parametrize("masks", [1, 2])
+def test_the_torch_step_has_the_same_loss(masks):
+    torch = pytest.importorskip("torch")
+    import torch_step
+
+    base = throughput.model_config("32x2:1,2/2", "fp32")
+    c = base.model_copy(update={"masking": base.masking.model_copy(update={"masks_per_image": masks})})
+    model = HJEPA(c, (0.5,) * 3, (0.25,) * 3)
+    encoder, predictor = model.init()
+    target = {name: w + 0.01 for name, w in encoder.items()}
+    images = mx.array(np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8))
+    patches, (seen, wanted) = model.prepare(images, key_of(0, 1)), model.masks(4, key_of(0, 2))
+    guess = model.predict(encoder, predictor, patches, seen, wanted, None)
+    ours = float(smooth_l1(guess, model.at_targets(model.targets(target, patches), wanted)).mean())
+
+    other = torch_step.HJepa(c)
+    for module, weights in ((other.encoder, encoder), (other.target, target), (other.predictor, predictor)):
+        module.load_state_dict({n: torch.from_numpy(np.array(w.T if w.ndim == 2 else w)) for n, w in weights.items()})
+    seen, wanted = (torch.from_numpy(np.array(index)).long() for index in (seen, wanted))
+    theirs = float(other.loss(torch.from_numpy(np.array(patches)), seen, wanted).detach())
+    assert theirs == pytest.approx(ours, rel=1e-5)
+
+
+def test_the_torch_side_draws_masks_and_pictures_as_ours():
+    torch = pytest.importorskip("torch")
+    import torch_step
+
+    c = throughput.model_config("32x2:1,2", "fp32")
+    model = torch_step.HJepa(c)
+    seen, wanted = model.draw(64, torch.device("cpu"))
+    assert (seen.shape, wanted.shape) == ((64, 28), (64, 28))
+    assert all(len({*a.tolist(), *b.tolist()}) == 56 for a, b in zip(seen, wanted, strict=True))
+    flat = torch.full((8, 32, 32, 3), 200, dtype=torch.uint8)
+    patches = model.prepare(flat)
+    assert patches.shape == (8, 64, 48)
+    assert torch.allclose(patches, torch.full_like(patches, (200 / 255 - 0.5) / 0.25), atol=1e-4)
+    step = torch_step.Step(timing.with_batch(c, 4), "fp32", "cpu", "eager")
+    before = [p.clone() for p in step.model.target.parameters()]
+    assert step.run(2) > 0
+    assert any((a != b).any() for a, b in zip(before, step.model.target.parameters(), strict=True))
