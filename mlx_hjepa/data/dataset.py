@@ -15,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_hjepa import config
+from mlx_hjepa.backend import cache_folder
 from mlx_hjepa.run import UserError
 
 dx: Any
@@ -129,11 +130,6 @@ def load_dataset(data: config.Data, cache: Path | None = None, say: Say = print)
     if dx is None and (data.source == "stream" or data.dataset == "folder"):
         say("mlx-data has no wheel for this Python or machine: NumPy and Pillow threads read the pictures instead")
     return dataset
-
-
-def cache_folder() -> Path:
-    """$MLX_HJEPA_CACHE, else ~/.cache/mlx-hjepa."""
-    return Path(os.environ.get("MLX_HJEPA_CACHE") or "~/.cache/mlx-hjepa").expanduser()
 
 
 def describe(dataset: Dataset) -> dict[str, Any]:

@@ -17,8 +17,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_hjepa import config
+from mlx_hjepa.backend import cache_folder
 from mlx_hjepa.data import Pictures
-from mlx_hjepa.data.dataset import cache_folder
 from mlx_hjepa.data.folder import load as load_folder
 from mlx_hjepa.evaluate import check_features
 from mlx_hjepa.evaluate.features import FrozenEncoder, load, read_weights
