@@ -81,15 +81,14 @@ def model_config(spec: str, precision: str = "auto", size: int = 32) -> Config:
 
 def plan(models: str, configs: tuple[str, ...], precisions: str, sizes: str) -> list[Config]:
     """The configurations to sweep over batch sizes."""
-    specs = [model_config(m, p, s) for m in models.split() for p in precisions.split(",") for s in _numbers(sizes)]
+    specs = [model_config(m, p, s) for m in models.split() for p in precisions.split(",") for s in whole_numbers(sizes)]
     return specs + [config.load(path, [f"training.precision={p}"]) for path in configs for p in precisions.split(",")]
 
 
-def _numbers(text: str) -> list[int]:
-    try:
-        return [int(n) for n in text.split(",")]
-    except ValueError:
-        raise ConfigError(f"{text}: write numbers with commas between them") from None
+def whole_numbers(text: str) -> list[int]:
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
+        raise ConfigError(f"{text}: write numbers with commas between them")
+    return [int(n) for n in text.split(",")]
 
 
 # ---------------------------------------------------------------- the step's graph
@@ -240,12 +239,15 @@ def sweep(configs: list[Config], batches: list[int] | None, effort: dict[str, An
             say(f"{row['model']}:{row['levels']} {precision} {row['image_size']} px, batch {batch}: "
                 f"{row['it_s']:.3g} it/s, {row['img_s']:,.0f} img/s, first step {row['first_step_s']:.1f} s")
         if len({row["batch"] for row in rows}) > 1:
-            found = timing.fit(rows)
             beside = costs(timing.with_batch(c, rows[0]["batch"]), min(row["first_step_s"] for row in rows))
-            document["fits"].append({**timing.key(c), "a": found.a, "b": found.b, "interval": found.interval,
-                                     "left_out": timing.left_out(rows), "costs": beside._asdict(),
+            document["fits"].append({**timing.key(c), **fitted(rows), "costs": beside._asdict(),
                                      "launches": launches(sized) if count else None})
         done()
+
+
+def fitted(rows: list[Row]) -> dict[str, Any]:
+    found = timing.fit(rows)
+    return {"a": found.a, "b": found.b, "interval": found.interval, "left_out": timing.left_out(rows)}
 
 
 def out_of_memory(error: Exception) -> bool:
@@ -326,7 +328,6 @@ def picture(document: dict[str, Any], cadence: Config, file: Path) -> None:
     axes[0].legend(fontsize=8)
     figure.suptitle(document["device"]["name"] + (", quick" if document["quick"] else ""))
     figure.savefig(file, dpi=110)
-    plt.close(figure)
 
 
 def rounded(value: Any) -> Any:
@@ -339,11 +340,14 @@ def rounded(value: Any) -> Any:
 
 
 def added(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """`new` with what `old` has beyond it: rows of other points, fits of other models."""
+    """`new` with what `old` has beyond it: rows of other points, fits of other models; fits are made of all rows."""
+    whole = {**new, "matrix_tflops": old["matrix_tflops"] | new["matrix_tflops"]}
     for what, identity in (("rows", (*SAME, "batch")), ("fits", SAME), ("out_of_memory", (*SAME, "batch"))):
-        names = {tuple(rounded(entry[k]) for k in identity) for entry in new[what]}
-        new[what] = [e for e in old[what] if tuple(e[k] for k in identity) not in names] + new[what]
-    return new | {"matrix_tflops": old["matrix_tflops"] | new["matrix_tflops"]}
+        entries = {tuple(rounded([e[k] for k in identity])): e for e in old[what] + new[what]}
+        whole[what] = [entries[name] for name in sorted(entries)]
+    for f in whole["fits"]:
+        f |= fitted([r for r in whole["rows"] if rounded([r[k] for k in SAME]) == rounded([f[k] for k in SAME])])
+    return whole
 
 
 @click.command(help=__doc__)
@@ -363,7 +367,7 @@ def main(models: str | None, configs: tuple[str, ...], batches: str | None, prec
     backend.set_cache_limit()
     here = "quick" if quick else "cpu" if backend.kind() == "cpu" else "gpu"
     chosen = plan(models or ("" if configs else MODELS[here]), configs, precisions, sizes)
-    numbers = _numbers(batches) if batches else None if configs else _numbers(BATCHES[here])
+    numbers = whole_numbers(batches) if batches else None if configs else whole_numbers(BATCHES[here])
     effort = {"steps": 5, "seconds": 3.0, "window": 1} if quick else {"steps": 30, "seconds": 10.0}
     device, file = facts(), timing.throughput_file(out)
     document: dict[str, Any] = {"machine": file.stem, "device": device, "quick": quick, "matrix_tflops": {}, "rows": [],
@@ -379,8 +383,7 @@ def main(models: str | None, configs: tuple[str, ...], batches: str | None, prec
         sweep(chosen, numbers, effort, count, document, save, console.print)
         if minutes:
             document["sustained"] = sustained(timing.with_batch(chosen[0], numbers[-1] if numbers else 32), minutes)
-            console.print("{minutes:g} minutes: {it_s_cold:.3g} it/s cold, {it_s_settled:.3g} it/s settled"
-                          .format(**document["sustained"]))
+            console.print("{it_s_cold:.3g} it/s cold, {it_s_settled:.3g} settled".format(**document["sustained"]))
     except KeyboardInterrupt:
         console.print("stopped; what was done is kept")
     save()

@@ -25,7 +25,7 @@ import click
 import mlx.core as mx
 from rich.console import Console
 from rich.table import Table
-from throughput import facts, out_of_memory, plan, rounded
+from throughput import facts, out_of_memory, plan, rounded, whole_numbers
 
 from mlx_hjepa import backend
 from mlx_hjepa.analyze import timing
@@ -41,6 +41,7 @@ MODES = {"cuda": "default,reduce-overhead", "metal": "eager,default", "cpu": "ea
 MEMORY = {"cuda": "the most that arrays held", "metal": "MLX: the most that arrays held; torch: the driver's pool",
           "cpu": "MLX: the most that arrays held; torch: how much its process grew"}
 IDENTITY = ("model", "levels", "batch", "precision", "image_size", "torch_mode")
+NOISY = 0.25
 
 
 class Failed(Exception):
@@ -173,7 +174,7 @@ def main(rows: str, models: str | None, configs: tuple[str, ...], batches: str |
     check(python)
     backend.set_cache_limit()
     chosen = plan(models or ("" if configs else ROWS[rows][0]), configs, precisions, sizes)
-    numbers = [int(n) for n in (batches or ("" if configs else ROWS[rows][1])).split(",") if n]
+    numbers = whole_numbers(batches or ROWS[rows][1]) if batches or not configs else None
     file = timing.throughput_file(out)
     document = {"machine": file.stem, "device": facts(), "memory": MEMORY[backend.kind()], "failed": [], "rows": []}
     old = read_json(file)["rows"] if add and file.is_file() else []
@@ -205,6 +206,8 @@ def main(rows: str, models: str | None, configs: tuple[str, ...], batches: str |
     save()
     final = read_json(file)
     console.print(table(final))
+    if any(max(r["mlx_spread"], r["torch_spread"]) > NOISY for r in final["rows"]):
+        console.print("some rates vary by over 25 %: other programs run beside; measure again when they have ended")
     if final["rows"]:
         console.print(f"geometric mean over torch's best modes {final['geometric_mean']:.2f}; written to {file}")
 

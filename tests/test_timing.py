@@ -251,8 +251,12 @@ def test_a_sweep_writes_rows_of_the_published_format(tiny_config, tmp_path, monk
     text = json.dumps(throughput.rounded({**document, "machine": "m", "quick": True}))
     shown = throughput.tables(json.loads(text))
     assert [table.row_count for table in shown] == [2, 1]
-    merged = throughput.added(json.loads(text), {**document, "rows": [], "fits": document["fits"], "out_of_memory": []})
-    assert (len(merged["rows"]), len(merged["fits"])) == (2, 1)
+    more = {**document["rows"][0], "batch": 1, "it_s": 2 * document["rows"][0]["it_s"]}
+    merged = throughput.added(json.loads(text), {**document, "rows": [more], "out_of_memory": []})
+    assert [row["batch"] for row in merged["rows"]] == [1, 2, 4]
+    (whole,) = merged["fits"]
+    assert whole["costs"] == fit["costs"]
+    assert (whole["b"], list(whole["left_out"])) == (pytest.approx(timing.fit(merged["rows"]).b), [2])
 
 
 def test_other_errors_end_the_sweep(tiny_config, monkeypatch):
