@@ -42,10 +42,11 @@ class Predictor:
         """
         b, kc, kt = *seen.shape, wanted.shape[1]
         place = mx.array(self.positions).astype(w["mask_token"].dtype)
-        x = mx.addmm(w["embed.0.bias"], layer_norm(context[0]), w["embed.0.weight"])
+        rows = [layer_norm(h).reshape(b * kc, -1) for h in context]  # a 3-D sum would make addmm a batched product
+        x = mx.addmm(w["embed.0.bias"], rows[0], w["embed.0.weight"])
         for i in range(1, self.sources):
-            x = mx.addmm(x, layer_norm(context[i]), w[f"embed.{i}.weight"])
-        x = mx.concatenate([x + place[seen], w["mask_token"] + place[wanted]], axis=1)
+            x = mx.addmm(x, rows[i], w[f"embed.{i}.weight"])
+        x = mx.concatenate([x.reshape(b, kc, -1) + place[seen], w["mask_token"] + place[wanted]], axis=1)
         for i in range(self.depth):
             x = block(w, f"blocks.{i}", x, self.heads, fused=False)
         x = mx.split(x, [kc], axis=1)[1]  # not a slice: split's gradient is one concatenation, a slice's is a scatter
