@@ -123,10 +123,10 @@ def frozen(run: Run, weights: Weights, last_four: bool = False) -> FrozenEncoder
     return FrozenEncoder(config, weights, mean, std, last_four)
 
 
-def random_encoder(run: Run, last_four: bool = False) -> FrozenEncoder:
+def random_encoder(run: Run) -> FrozenEncoder:
     """The untrained encoder of the run's own seed, as it was at step 0."""
     mean, std = _colours(run)
-    return FrozenEncoder(run.config, HJEPA(run.config, mean, std).init()[0], mean, std, last_four)
+    return FrozenEncoder(run.config, HJEPA(run.config, mean, std).init()[0], mean, std)
 
 
 def _colours(run: Run) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -56,9 +56,9 @@ class HJEPA:
         self.masks = MaskSampler(config.grid, config.masking)
         self.levels = config.model.levels
 
-    def init(self, seed: int | None = None) -> tuple[Weights, Weights]:
+    def init(self) -> tuple[Weights, Weights]:
         """Fresh fp32 weights of the context encoder (the target encoder's too) and of the predictor."""
-        keys = mx.random.split(key_of(self.config.seed if seed is None else seed, INIT_STEP), 2)
+        keys = mx.random.split(key_of(self.config.seed, INIT_STEP), 2)
         return self.encoder.init(keys[0]), self.predictor.init(keys[1])
 
     def prepare(self, images: mx.array, key: mx.array) -> mx.array:

@@ -83,7 +83,7 @@ def linear_weights(key: mx.array, inputs: int, outputs: int, name: str, scale: f
     """Weight uniform within scale/sqrt(inputs), as nn.Linear's, and zero bias.
 
     Its standard deviation is 0.02 at 833 inputs. At the widths trained here a plain 0.02 is too small: pixels drown in
-    the positions added to them, and the features learn a third of the effective rank (docs/results.md).
+    the positions added to them, and the features reach less than half the effective rank (docs/results.md).
     """
     weight = mx.random.uniform(-1, 1, (inputs, outputs), key=key) * (scale * inputs**-0.5)
     return {f"{name}.weight": weight, f"{name}.bias": mx.zeros((outputs,))}

@@ -9,8 +9,8 @@ import numpy as np
 
 from mlx_hjepa import metrics
 
-ADVICE = ("lower training.lr by 3x, raise training.ema's start (0.996 or more) and keep training.clip at 1; "
-          "more levels in model.levels also help. The last healthy checkpoint is kept: see `mlx-hjepa eval --quality`")
+ADVICE = ("In a new run lower training.lr by 3x, raise training.ema's start (0.996 or more), keep training.clip at 1. "
+          "The checkpoint with the best online k-NN is kept: --checkpoint best")
 SMALLEST_BASELINE, SMALLEST_STD = 1e-3, 1e-3
 
 
