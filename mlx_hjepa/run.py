@@ -144,10 +144,11 @@ class Run:
     def _written(self) -> float:
         return max(f.stat().st_mtime for f in (self.config_file, self.metrics_file) if f.exists())
 
-    def checkpoint(self, which: str = "latest") -> Path:
+    def checkpoint(self, which: str = "latest", file: str | None = None) -> Path:
         """The folder of a checkpoint: `latest`, `best`, or a path. Raises UserError.
 
-        Its files are checked against the digests in its state.json, so that a truncated file is told, not read.
+        Its files, or the one to be read, are checked against the digests in its state.json, so that a truncated file
+        is told, not read, and the encoder can be scored where the optimizer's state was not kept.
         """
         if which in ("latest", "best"):
             pointer = self.checkpoints / which
@@ -164,10 +165,10 @@ class Run:
         if not isinstance(record, dict) or not record.get("digests"):
             raise UserError(f"{state}: damaged. Use another checkpoint: "
                             f"--checkpoint best, or one of {self.checkpoints}")
-        for name, expected in record["digests"].items():
-            file = folder / name
-            if not file.is_file() or digest(file) != expected:
-                raise UserError(f"{file}: {'damaged' if file.is_file() else 'missing'}. Use another checkpoint: "
+        for name in [file] if file else record["digests"]:
+            path = folder / name
+            if not path.is_file() or digest(path) != record["digests"].get(name):
+                raise UserError(f"{path}: {'damaged' if path.is_file() else 'missing'}. Use another checkpoint: "
                                 f"--checkpoint best, or one of {self.checkpoints}")
         return folder
 

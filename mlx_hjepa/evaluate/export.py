@@ -21,7 +21,7 @@ from mlx_hjepa.backend import cache_folder
 from mlx_hjepa.data import Pictures
 from mlx_hjepa.data.folder import load as load_folder
 from mlx_hjepa.evaluate import check_features
-from mlx_hjepa.evaluate.features import FrozenEncoder, load, read_weights
+from mlx_hjepa.evaluate.features import FrozenEncoder, load, read_weights, weights_file
 from mlx_hjepa.evaluate.subject import Progress
 from mlx_hjepa.model.vit import EPS, Encoder, Weights, positions
 from mlx_hjepa.run import Run, UserError, digest, read_json, sync_folder, write_atomically
@@ -119,8 +119,8 @@ def _about(run: Run, model: FrozenEncoder, encoder: Which, checkpoint: str) -> d
              "depths": model.depths, "norm_eps": EPS, "config": kept}
     if run.published_weights:
         return about | {"weights": digest(run.published_weights[0])}
-    state = read_json(run.checkpoint(checkpoint) / "state.json")
-    file = "target.safetensors" if encoder == "target" else "model.safetensors"
+    file = weights_file(encoder)
+    state = read_json(run.checkpoint(checkpoint, file) / "state.json")
     return about | {"weights": state["digests"][file], "step": state["step"]}
 
 

@@ -93,6 +93,11 @@ class FrozenEncoder:
         return out
 
 
+def weights_file(encoder: Literal["target", "context"]) -> str:
+    """The file of a checkpoint that holds this encoder."""
+    return "target.safetensors" if encoder == "target" else "model.safetensors"
+
+
 def load(path: str | Path, encoder: Literal["target", "context"] = "target", checkpoint: str = "latest",
          last_four: bool = False) -> FrozenEncoder:
     """The encoder of a run, or of a published folder under docs/results. Raises UserError.
@@ -106,8 +111,8 @@ def load(path: str | Path, encoder: Literal["target", "context"] = "target", che
             raise UserError(f"{run.folder}: only the target encoder was published")
         weights = read_weights(run.published_weights)
     else:
-        folder = run.checkpoint(checkpoint)
-        weights = read_weights([folder / ("target.safetensors" if encoder == "target" else "model.safetensors")])
+        file = weights_file(encoder)
+        weights = read_weights([run.checkpoint(checkpoint, file) / file])
     weights = {n.removeprefix("encoder."): w for n, w in weights.items() if not n.startswith("predictor.")}
     return frozen(run, weights, last_four)
 

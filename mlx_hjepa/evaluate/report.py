@@ -20,7 +20,7 @@ from mlx_hjepa.config import Augment, Data
 from mlx_hjepa.data.augment import augment, normalise
 from mlx_hjepa.data.dataset import Dataset, load_dataset
 from mlx_hjepa.evaluate import Features, check_features
-from mlx_hjepa.evaluate.features import FrozenEncoder, load, random_encoder
+from mlx_hjepa.evaluate.features import FrozenEncoder, load, random_encoder, weights_file
 from mlx_hjepa.evaluate.few_shot import episodes, few_labels
 from mlx_hjepa.evaluate.fine_tune import fine_tune
 from mlx_hjepa.evaluate.knn import HEADLINE, KS, knn_accuracy
@@ -131,9 +131,9 @@ def _about(run: Run, what: Target) -> dict[str, Any]:
              "command": shlex.join(["mlx-hjepa", *sys.argv[1:]])}
     if run.published_weights:
         return about | {"weights": " ".join(map(digest, run.published_weights))}
-    folder = run.checkpoint(what.checkpoint)
+    file = weights_file(what.encoder)
+    folder = run.checkpoint(what.checkpoint, file)
     state = read_json(folder / "state.json")
-    file = "target.safetensors" if what.encoder == "target" else "model.safetensors"
     try:
         return about | {"checkpoint": folder.name, "step": state["step"], "train_seconds": round(state["seconds"], 1),
                         "pictures_seen": state["step"] * config.training.batch, "weights": state["digests"][file]}
