@@ -40,6 +40,8 @@ def main(run: str, weights: bool, commit: str | None, out: Path) -> None:
         raise UserError(f"{run}: its report is not whole; run: mlx-hjepa eval {run} --knn --linear")
     if report["dataset"]["subset"]:
         raise UserError(f"{run}: it was scored on a subset only; run eval without --subset")
+    file = "target.safetensors"
+    encoder = source.checkpoint(report["checkpoint"], file) / file if weights else None
     folder = out / source.name
     folder.mkdir(parents=True, exist_ok=True)
     for file in (source.config_file, source.environment_file):
@@ -50,8 +52,8 @@ def main(run: str, weights: bool, commit: str | None, out: Path) -> None:
         if file.suffix in (".json", ".md", ".png"):
             shutil.copyfile(file, folder / "evaluation" / file.name)
     curves(source, folder / "training_curves.png")
-    if weights:
-        write_shards(source.checkpoint(report["checkpoint"]) / "target.safetensors", folder / "weights")
+    if encoder:
+        write_shards(encoder, folder / "weights")
     enter(out / "results.json", record(source, report, folder, out, commit))
     click.echo(f"published {source.name} in {folder}")
 
