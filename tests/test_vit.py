@@ -62,6 +62,28 @@ def test_gelu_and_its_gradient():
     assert np.abs(np.array(got) - slope).max() < 5e-6
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(mx.float32, 2e-6), (mx.bfloat16, 2e-2)])
+@pytest.mark.parametrize(("n", "heads", "dim"), [(7, 2, 16), (28, 3, 64), (64, 1, 64)])
+def test_attention_and_its_gradient(dtype, tolerance, n, heads, dim):
+    keys = mx.random.split(mx.random.key(0))
+    x = mx.random.normal((2, n, 3 * heads * dim), key=keys[0]).astype(dtype)
+    dy = mx.random.normal((2, n, heads * dim), key=keys[1]).astype(dtype)
+
+    def plain(x):
+        q, k, v = (part.reshape(2, n, heads, dim).transpose(0, 2, 1, 3) for part in mx.split(x, 3, axis=-1))
+        scores = mx.softmax(q @ k.transpose(0, 1, 3, 2) * dim**-0.5, axis=-1)
+        return (scores @ v).transpose(0, 2, 1, 3).reshape(2, n, -1)
+
+    def both(attend, x, dy):
+        return mx.compile(lambda x: mx.vjp(attend, [x], [dy]))(x)
+
+    (y,), (dx,) = both(lambda x: vit._attend(heads)(x)[0], x, dy)
+    (expected,), (slope,) = both(plain, x.astype(mx.float32), dy.astype(mx.float32))
+    assert (y.dtype, dx.dtype) == (dtype, dtype)
+    for got, right in ((y, expected), (dx, slope)):
+        assert mx.abs(got - right).max().item() < tolerance * mx.abs(right).max().item()
+
+
 @pytest.mark.parametrize("value", [-300.0, 300.0])
 def test_gelu_is_finite_far_out_in_half_precision(value):
     for dtype in (mx.float16, mx.bfloat16):

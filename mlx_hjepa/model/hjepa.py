@@ -28,7 +28,7 @@ def _smooth_l1(prediction: mx.array, target: mx.array) -> mx.array:
 
 
 def _smooth_l1_vjp(primals, cotangent, _):
-    prediction, target = primals
+    prediction, target = mx.depends(primals, [cotangent])  # made from these again, as in vit._gelu_vjp
     b, n, levels, d = prediction.shape
     slope = mx.clip(prediction.astype(mx.float32) - target.astype(mx.float32), -1, 1)
     gradient = slope * (cotangent.reshape(levels, 1) * (1 / (b * n * d)))
