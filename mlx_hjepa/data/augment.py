@@ -25,14 +25,14 @@ def interpolation(start: mx.array, extent: mx.array, size: int, length: int, mir
     counts as black instead of the nearest pixel.
     """
     step = extent / size
-    place = mx.arange(size, dtype=mx.float32)[None]
+    place, line = (mx.array(np.arange(n, dtype=np.float32)) for n in (size, length))
     if mirror is not None:
         place = mx.where(mirror, size - 1 - place, place)
     centre = start + (place + 0.5) * step - 0.5
     if not fill:
         centre = mx.clip(centre, 0, length - 1)
     reach = mx.maximum(step, 1.0)[..., None]
-    weights = mx.maximum(0, 1 - mx.abs(centre[..., None] - mx.arange(length, dtype=mx.float32)) / reach)
+    weights = mx.maximum(0, 1 - mx.abs(centre[..., None] - line) / reach)
     return weights if fill else weights / weights.sum(axis=-1, keepdims=True)
 
 
