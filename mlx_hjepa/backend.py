@@ -140,6 +140,17 @@ def auto_precision(kind: str, architecture: str) -> str:
     return "bf16" if kind == "cuda" else "fp32"
 
 
+def slow_heads(head_dim: int) -> str | None:
+    """Why MLX's fused attention does not take heads of this width here; None when it does, and on CPUs.
+
+    The target encoder and evaluation use it (mlx/backend/{metal,cuda}/scaled_dot_product_attention.cpp).
+    """
+    fits = {"metal": head_dim in (64, 72, 80, 96, 128, 192, 256), "cuda": head_dim % 8 == 0 and head_dim <= 128}
+    if fits.get(kind(), True):
+        return None
+    return f"model.head_dim {head_dim} is off MLX's fused attention, which makes targets slower; 64 is on it"
+
+
 def device() -> dict[str, Any]:
     """What this machine is: kind, name, gpu_cores, memory (bytes), threads, blas, os and versions; null if unknown."""
     from mlx_hjepa import __version__
@@ -169,7 +180,7 @@ def environment() -> dict[str, Any]:
         changes = _output("git", "-C", str(PACKAGE), "status", "--porcelain", "--untracked-files=no")
         dirty = None if commit is None or changes is None else bool(changes)
     return {**device(), "commit": commit, "dirty": dirty,
-            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}
+            "command": shlex.join([Path(sys.argv[0]).name.replace("cli.py", "mlx-hjepa"), *sys.argv[1:]])}
 
 
 def peak_memory_gb() -> float:
@@ -283,7 +294,8 @@ def doctor(measure: bool = True) -> list[Finding]:
     findings = [*_check_system(), *_check_mlx()]
     if not any(f.level == "error" for f in findings):
         findings += [_check_device(), *_check_linux_cpu(measure)]
-    return [*findings, _check_mlx_data(), *_check_disk(), *_check_data_cache()]
+        findings += _check_data_cache()
+    return [*findings, _check_mlx_data(), *_check_disk()]
 
 
 def _check_system() -> list[Finding]:

@@ -1,6 +1,5 @@
 """The configuration: what it refuses, and how; and that everything it accepts is read by something."""
 
-import ast
 import copy
 from pathlib import Path
 
@@ -324,31 +323,7 @@ def test_the_resolved_config_holds_every_key():
     assert values["model"]["levels"] == [{"depth": 1, "pool": 1}, {"depth": 2, "pool": 1}]
 
 
-# ---------------------------------------------------------------- nothing is a setting that nobody reads
-
-
-def attributes_read() -> set[str]:
-    """The names read as attributes of something other than `self`, in the package outside config.py."""
-    names = set()
-    for file in PACKAGE.rglob("*.py"):
-        if file != PACKAGE / "config.py":
-            for node in ast.walk(ast.parse(file.read_text())):
-                if (isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
-                        and not (isinstance(node.value, ast.Name) and node.value.id == "self")):
-                    names.add(node.attr)
-    return names
-
-
-def test_every_key_is_read_by_something():
-    resolved_here = {"model.size"}  # config.py turns it into dim and depth
-    read, keys = attributes_read(), {f"level.{k}" for k in Level.model_fields}
-    for name, field in Config.model_fields.items():
-        keys.add(name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, config.Section):
-            keys |= {f"{name}.{k}" for k in field.annotation.model_fields}
-    assert len(keys) > 60
-    unread = {key for key in keys - resolved_here if key.split(".")[-1] not in read}
-    assert not unread
+# ---------------------------------------------------------------- contradictions
 
 
 @pytest.mark.parametrize(("overrides", "words"), [

@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_hjepa import config
+from mlx_hjepa import backend, config
 from mlx_hjepa.data import Pictures, batches, dataset, indices, load_dataset, order, steps_per_epoch, validation_split
 from mlx_hjepa.run import UserError
 
@@ -123,3 +123,11 @@ def test_digits(tmp_path):
     assert digits.fingerprint == "f3f8f1d2ce95e217611b4d455cd8f0e614a2b2418090573e348d9ae7fc8b96f1"
     np.testing.assert_allclose(digits.std, (digits.train.images / 255).std((0, 1, 2)), rtol=1e-12)
     assert next(batches(digits.train, "resident", 0, 64, 0, 1, 1)).dtype == mx.uint8
+
+
+def test_streaming_leaves_the_blas_alone(pictures):
+    """mlx-data's own prefetch sets OpenBLAS to one thread for good, and products round differently from there on."""
+    before = backend.blas()
+    for _ in range(20):
+        list(batches(pictures, "stream", 0, 4, 0, 8, 4))
+    assert backend.blas() == before

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +51,8 @@ class Pictures:
 
     def stream(self, indices: np.ndarray, batch: int, threads: int) -> Iterator[np.ndarray]:
         """The pictures in the order of `indices`, uint8 (batch, H, W, 3) at a time, prepared ahead by threads."""
-        indices = self.checked(indices)
-        if dx is None:
-            yield from read_ahead(self.read, indices, batch, threads)
-            return
-        for sample in self._buffer.perm(indices).batch(batch).ordered_prefetch(AHEAD, threads):
-            yield sample["image"]
+        read = self.read if dx is None else partial(taken, self._buffer)
+        yield from read_ahead(read, self.checked(indices), batch, threads)
 
     @cached_property
     def resident(self) -> mx.array:
@@ -80,9 +76,18 @@ class Pictures:
         return indices
 
 
+def taken(buffer: Any, indices: np.ndarray) -> np.ndarray:
+    """The pictures of an mlx-data buffer at `indices`, one batch."""
+    return next(iter(buffer.perm(indices).batch(len(indices))))["image"]
+
+
 def read_ahead(read: Callable[[np.ndarray], np.ndarray], indices: np.ndarray, batch: int,
                threads: int) -> Iterator[np.ndarray]:
-    """Batches in order, read by threads: what mlx-data's ordered prefetch does, for machines without it."""
+    """Batches in order, read by threads, each as it is wanted.
+
+    In place of mlx-data's ordered_prefetch, which is as fast but sets OpenBLAS to one thread at a moment of its own,
+    for good: a run on the CPU would round differently from there on, and no two of them alike.
+    """
     pool = ThreadPoolExecutor(threads)
     waiting: deque = deque()
     try:
@@ -138,7 +143,7 @@ def describe(dataset: Dataset) -> dict[str, Any]:
         "name": dataset.name, "classes": dataset.classes, "train": len(dataset.train),
         "test": len(dataset.test) if dataset.test else 0, "labelled": dataset.train.labels is not None,
         "picture": list(dataset.train.shape), "fingerprint": dataset.fingerprint, "mean": list(dataset.mean),
-        "std": list(dataset.std), "note": dataset.note, "corrupt": len(dataset.corrupt),
+        "std": list(dataset.std), "note": dataset.note, "corrupt": list(dataset.corrupt),
     }
 
 

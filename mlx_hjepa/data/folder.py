@@ -1,19 +1,21 @@
 """Your own pictures: `train/<class>/*` (and `test/<class>/*` or `val/`), or any folder of unlabelled ones.
 
 Every file is checked once, before an order is drawn, because mlx-data decodes a JPEG that was cut to grey without a
-word and a grey PNG to a red one. The verdicts are kept in the cache; a file is checked again when its size or time
-changes. A JPEG that ends as it should but is damaged inside cannot be told from a sound one. EXIF orientation is
-ignored.
+word and a grey PNG to a red one. The verdicts are kept in the cache with a digest of each file, which is checked again
+when its size or time changes. A JPEG that ends as it should but is damaged inside cannot be told from a sound one. EXIF
+orientation is ignored.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,12 +23,12 @@ import numpy as np
 from PIL import Image
 
 from mlx_hjepa import config
-from mlx_hjepa.data.dataset import AHEAD, Dataset, Pictures, Say, dx, moments, read_ahead
+from mlx_hjepa.data.dataset import Dataset, Pictures, Say, dx, moments, read_ahead, taken
 from mlx_hjepa.run import UserError, write_atomically
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp")
 SAMPLED = 2_000  # pictures that mean and deviation are taken over
-VERSION = 1  # of the saved index
+VERSION = 2  # of the saved index
 JPEG_START, JPEG_END = b"\xff\xd8", b"\xff\xd9"
 FAST, PILLOW = "mlx-data", "pillow"  # the verdicts on a sound file: who decodes it; any other verdict is what is wrong
 
@@ -35,6 +37,7 @@ class Entry(NamedTuple):
     path: str  # relative to data.root
     size: int
     mtime_ns: int
+    digest: str  # of its bytes
     verdict: str
 
 
@@ -67,11 +70,9 @@ class Files(Pictures):
     def stream(self, indices: np.ndarray, batch: int, threads: int) -> Iterator[np.ndarray]:
         """As Pictures.stream. Raises UserError, with the names, when files changed or vanished since the index."""
         indices = self.checked(indices)
-        if any(entry.verdict == FAST for entry in self.entries):
-            samples = iter(self._buffer.perm(indices).batch(batch).ordered_prefetch(AHEAD, threads))
-            decoded: Iterator[np.ndarray] = (sample["image"] for sample in samples)
-        else:
-            decoded = read_ahead(self._read_slowly, indices, batch, threads)
+        fast = any(entry.verdict == FAST for entry in self.entries)
+        read = partial(taken, self._buffer) if fast else self._read_slowly
+        decoded = read_ahead(read, indices, batch, threads)
         for start in range(0, len(indices), batch):
             part = indices[start:start + batch]
             try:
@@ -154,7 +155,7 @@ def load(data: config.Data, cache: Path, say: Say) -> Dataset:
     train, test, classes = _split(root, sound, data)
     fingerprint = hashlib.sha256()
     for entry in sound:
-        fingerprint.update(os.fsencode(entry.path) + f"\0{entry.size}\0{entry.mtime_ns}\n".encode())
+        fingerprint.update(os.fsencode(entry.path) + f"\0{entry.digest}\n".encode())
     key = f"{fingerprint.hexdigest()} {data.image_size}"
     if key not in saved["moments"]:
         chosen = np.unique(np.linspace(0, len(train) - 1, min(SAMPLED, len(train))).astype(int))
@@ -241,33 +242,33 @@ def _entry(root: Path, path: str) -> Entry:
     try:
         stat = os.stat(root / path)
     except OSError as error:
-        return Entry(path, 0, 0, error.strerror or str(error))
-    return Entry(path, stat.st_size, stat.st_mtime_ns, _inspect(root / path))
+        return Entry(path, 0, 0, "", error.strerror or str(error))
+    return Entry(path, stat.st_size, stat.st_mtime_ns, *_inspect(root / path))
 
 
-def _inspect(path: Path) -> str:
-    """FAST or PILLOW for a sound file, else what is wrong with it.
+def _inspect(path: Path) -> tuple[str, str]:
+    """The digest of a file's bytes; FAST or PILLOW for a sound file, else what is wrong with it.
 
     A JPEG with its end marker is sound if its header is; any other file must decode whole. mlx-data takes what it
     gives three channels for (not grey or WebP), Pillow the rest.
     """
+    digest = ""
     try:
-        with open(path, "rb") as file:
-            jpeg = file.read(2) == JPEG_START
-            ends = jpeg and file.seek(-2, os.SEEK_END) and file.read(2) == JPEG_END
-        with Image.open(path) as picture:
-            if not ends:
+        content = path.read_bytes()
+        digest, jpeg = hashlib.blake2b(content, digest_size=16).hexdigest(), content.startswith(JPEG_START)
+        with Image.open(io.BytesIO(content)) as picture:
+            if not (jpeg and content.endswith(JPEG_END)):
                 picture.load()
             w, h = picture.size
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error ... on damage
-        return " ".join(str(error).replace(str(path), "file").split()) or type(error).__name__
+        return digest, " ".join(re.sub(r"<_io\.BytesIO[^>]*>", "file", str(error)).split()) or type(error).__name__
     if dx is None or jpeg:
-        return PILLOW if dx is None else FAST
+        return digest, PILLOW if dx is None else FAST
     try:
         decoded = dx.buffer_from_vector([{"image": os.fsencode(path)}]).load_image("image")[0]["image"]
     except RuntimeError:
-        return PILLOW
-    return FAST if decoded.shape == (h, w, 3) else PILLOW
+        return digest, PILLOW
+    return digest, FAST if decoded.shape == (h, w, 3) else PILLOW
 
 
 def _saved(index: Path) -> dict[str, dict]:

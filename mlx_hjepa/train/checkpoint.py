@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ import mlx.core as mx
 from mlx_hjepa.run import Run, UserError, digest, read_arrays, read_json, sync_folder, write_atomically
 from mlx_hjepa.train.step import Layout, State
 
-FORMAT = 1
+FORMAT = 2
 FILES = ("model.safetensors", "target.safetensors", "optimizer.safetensors")
 
 
 def save(run: Run, state: State, layout: Layout, progress: dict[str, Any]) -> Path:
     """Write `checkpoints/step-<step>` and let `latest` name it. progress: JSON values, `step` among them."""
+    run.checkpoints.mkdir(exist_ok=True)
     folder = run.checkpoints / f"step-{progress['step']:09d}"
     temporary = run.checkpoints / f".{folder.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -40,6 +42,25 @@ def save(run: Run, state: State, layout: Layout, progress: dict[str, Any]) -> Pa
     sync_folder(run.checkpoints)
     run.point("latest", folder)
     return folder
+
+
+def newest(run: Run, say: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint whose files are as they were written; those passed over are said. None when none was
+    written yet. Raises UserError: none is sound, or they were removed from a run that had some."""
+    folders = sorted(run.checkpoints.glob("step-*"), reverse=True)
+    for folder in folders:
+        try:
+            return run.checkpoint(folder.name)
+        except UserError as error:
+            say(f"passed over: {str(error).split('. Use')[0]}")
+    if folders:
+        raise UserError(f"{run.checkpoints}: no checkpoint is sound. "
+                        f"Start a new run: mlx-hjepa train {run.config_file}")
+    if (run.checkpoints / "latest").exists() or not run.checkpoints.is_dir():
+        raise UserError(f"{run.folder}: its checkpoints were removed, so it cannot go on. "
+                        f"Start a new run: mlx-hjepa train {run.config_file}")
+    say(f"{run.folder} has no checkpoint yet: it starts at step 0")
+    return None
 
 
 def load(folder: Path, layout: Layout) -> tuple[State, dict[str, Any]]:

@@ -11,26 +11,28 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Column
 
 from mlx_hjepa.config import Config
 from mlx_hjepa.run import Run, UserError, write_atomically
 
 
 class Log:
-    """Opened for one process's share of a run; a context manager that closes what it opened."""
+    """Opened for one process's share of a run, from step `start` of `total`; a context manager that closes what it
+    opened."""
 
-    def __init__(self, run: Run, config: Config, total: int):
+    def __init__(self, run: Run, config: Config, start: int, total: int):
         self.metrics, self.text = (open(f, "a", encoding="utf-8")  # noqa: SIM115  (open as long as the run)
                                    for f in (run.metrics_file, run.log_file))
-        self.board = _tensorboard(run) if config.logging.tensorboard else None
+        self.board = _tensorboard(run, start) if config.logging.tensorboard else None
         self.wandb = _wandb(run, config) if config.logging.wandb else None
         self.console = Console(highlight=False)
         self.bar: Progress | None = None
         self.task = TaskID(0)
         if sys.stdout.isatty():
-            columns = BarColumn(24), TextColumn("{task.fields[status]}")
-            self.bar = Progress(*columns, console=self.console, transient=True)
-            self.task = self.bar.add_task("", total=total, status="compiling the step ...")
+            status = TextColumn("{task.fields[status]}", table_column=Column(ratio=1, no_wrap=False))
+            self.bar = Progress(BarColumn(12), status, console=self.console, transient=True, expand=True)
+            self.task = self.bar.add_task("", total=total, completed=start, status="compiling the step ...")
             self.bar.start()
 
     def __enter__(self) -> Log:
@@ -47,8 +49,8 @@ class Log:
 
     def record(self, kind: str, step: int, **values: Any) -> None:
         """One line of metrics.jsonl; its numbers also go to TensorBoard and W&B."""
-        line = {"kind": kind, "step": step, "time": round(time.time(), 3)} | _plain(values)
-        self.metrics.write(json.dumps(line) + "\n")
+        values = _plain(values)
+        self.metrics.write(json.dumps({"kind": kind, "step": step, "time": round(time.time(), 3)} | values) + "\n")
         self.metrics.flush()
         numbers = {f"{kind}/{k}": v for k, v in _flat(values) if type(v) in (int, float)}
         if self.board:
@@ -57,18 +59,21 @@ class Log:
         if self.wandb:
             self.wandb.log(numbers, step=step)
 
-    def line(self, text: str) -> None:
-        """A line that stays: on the terminal, and in train.log with the time."""
+    def keep(self, text: str) -> None:
+        """A line of train.log, with the time."""
         self.text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
         self.text.flush()
+
+    def line(self, text: str) -> None:
+        """A line that stays, on the terminal and in train.log."""
+        self.keep(text)
         self.console.print(text, markup=False, soft_wrap=True)
 
     def status(self, step: int, text: str) -> None:
-        """Progress: a bar on a terminal, a plain line otherwise."""
+        """Progress: beside a bar on a terminal, a plain line otherwise."""
         if self.bar:
             self.bar.update(self.task, completed=step, status=text)
-            self.text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
-            self.text.flush()
+            self.keep(text)
         else:
             self.line(text)
 
@@ -108,12 +113,12 @@ def _flat(values: dict[str, Any]) -> list[tuple[str, Any]]:
     return pairs
 
 
-def _tensorboard(run: Run) -> Any:
+def _tensorboard(run: Run, start: int) -> Any:
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
         raise UserError("logging.tensorboard needs a writer: pip install 'mlx-hjepa[tensorboard]'") from None
-    return SummaryWriter(str(run.folder / "tensorboard"))
+    return SummaryWriter(str(run.folder / "tensorboard"), purge_step=start + 1)
 
 
 def _wandb(run: Run, config: Config) -> Any:
@@ -121,4 +126,6 @@ def _wandb(run: Run, config: Config) -> Any:
         import wandb
     except ImportError:
         raise UserError("logging.wandb needs its package: pip install 'mlx-hjepa[wandb]'") from None
-    return wandb.init(project="mlx-hjepa", name=run.name, dir=str(run.folder), config=config.model_dump(mode="json"))
+    began = int(run.config_file.stat().st_mtime)  # a resumed run goes on in the same place
+    return wandb.init(project="mlx-hjepa", name=run.name, id=f"{run.name}-{began}", resume="allow",
+                      dir=str(run.folder), config=config.model_dump(mode="json"))

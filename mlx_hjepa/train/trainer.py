@@ -28,14 +28,14 @@ from mlx_hjepa.train.pace import Pace
 from mlx_hjepa.train.step import STATISTICS, Step, part
 
 MAY_DIFFER = ("logging", "checkpoints")  # the sections that a resumed run may change
-HEALTH_PICTURES = 512
+HEALTH_PICTURES, FEWEST_PICTURES = 512, 20
 
 
 def train(config: Config, run: Run, resume: bool = False) -> bool:
     """Train a run to its end. `resume` continues from its newest checkpoint. Returns False when interrupted.
 
-    Raises UserError: unreadable data, a batch larger than the data, another configuration than the checkpoint's,
-    or training that stays without finite gradients.
+    Raises UserError: unreadable data, a batch larger than the data, another configuration than the checkpoint's, no
+    sound checkpoint, or training that is no longer finite.
     """
     return Trainer(config, run, resume).fit()
 
@@ -46,19 +46,20 @@ class Trainer:
     def __init__(self, config: Config, run: Run, resume: bool):
         self.config, self.run = config, run
         self.notes: list[str] = []
-        self.data = load_dataset(config.data, say=self.notes.append)
+        self.data = load_dataset(config.data, say=self._note)
+        if len(self.data.train) < FEWEST_PICTURES:
+            raise UserError(f"{len(self.data.train)} training pictures are too few: it takes {FEWEST_PICTURES}")
         self.epoch_steps = steps_per_epoch(len(self.data.train), config.training.batch)
         self.schedule = Schedule(config.training, self.epoch_steps)
         self.precision = backend.precision(config.training.precision)
         self.model = HJEPA(config, self.data.mean, self.data.std)
         self.step = Step(self.model, self.schedule, self.precision)
         self.bank, self.validation = validation_split(len(self.data.train), config.data.split_seed)
+        self.unprobed = self.data.train.labels is None
         self.probe = FrozenEncoder(config, {}, self.data.mean, self.data.std)
         self.alarm = health.Alarm()
         self.found: dict[str, Any] | None = None
-        if resume and (run.checkpoints / "latest").exists():
-            self._restore()
-        else:
+        if not (resume and self._restore()):
             self.state = self.step.initial_state()
             self.progress: dict[str, Any] = {
                 "step": 0, "seconds": 0.0, "baseline": None, "level_weights": self._level_weights(None), "best": None,
@@ -66,32 +67,41 @@ class Trainer:
             truncate(run.metrics_file, -1)  # a run killed before its first checkpoint starts anew
             write_atomically(run.environment_file, json.dumps(self._environment(), indent=1))
 
+    def _note(self, text: str) -> None:
+        """Said at once, since reading data may take long; train.log gets it when it is opened."""
+        print(text, flush=True)
+        self.notes.append(text)
+
     def _environment(self) -> dict[str, Any]:
         d = self.data
         dataset = {"name": d.name, "fingerprint": d.fingerprint, "classes": d.classes, "mean": d.mean, "std": d.std,
-                   "train": len(d.train), "note": d.note}
+                   "train": len(d.train), "note": d.note, "corrupt": d.corrupt}
         return {**backend.environment(), "precision": self.precision, "dataset": dataset}
 
-    def _restore(self) -> None:
-        folder = self.run.checkpoint("latest")
+    def _restore(self) -> bool:
+        """Take the newest sound checkpoint. False when the run has none yet."""
+        folder = checkpoint.newest(self.run, self._note)
+        if folder is None:
+            return False
         self.state, self.progress = checkpoint.load(folder, self.step.layout)
         if self.progress["fingerprint"] != self.data.fingerprint:
             raise UserError(f"{self.run.folder}: the training pictures are not those it started with "
-                            f"(fingerprint {self.data.fingerprint[:12]}, then {self.progress['fingerprint'][:12]})")
+                            f"(fingerprint then {self.progress['fingerprint'][:12]}, now {self.data.fingerprint[:12]})")
         self.alarm = health.Alarm(**self.progress["alarm"])
         truncate(self.run.metrics_file, self.progress["step"])
+        return True
 
     def fit(self) -> bool:
         """The loop: checks and checkpoints where they are due, then a step. Returns whether the run is finished."""
-        backend.set_cache_limit()
         start, total = self.progress["step"], self.schedule.total
         began, seconds = time.monotonic(), self.progress["seconds"]
-        with Log(self.run, self.config, total) as self.log, _signals() as asked:
+        with Log(self.run, self.config, start, total) as self.log, _signals() as asked:
             self._introduce(start)
             source = batches(self.data.train, self.config.data.source, self.config.seed, self.config.training.batch,
                              start, total, self.config.data.threads)
             self.pace, self.saved = Pace(total, start), time.monotonic()
             self.waiting: list[mx.array] = []
+            self.waited = 0.0
             for step in range(start, total + 1):
                 self.progress |= {"step": step, "seconds": seconds + time.monotonic() - began}
                 stop = asked()
@@ -99,9 +109,14 @@ class Trainer:
                     self._pause(step, stop)
                 if stop or step == total:
                     break
-                self._advance(step, next(source))
+                asked_at = time.monotonic()
+                images = next(source)
+                self.waited += time.monotonic() - asked_at
+                self._advance(step, images)
                 if step == start:
                     self.pace.first(self.waiting[-1])
+                    # what a step needs, and not the whole device: others may be running beside this run
+                    backend.set_cache_limit(1.2 * backend.peak_memory_gb())
                 if (step + 1) % self.config.logging.every_steps == 0:
                     self._report(step + 1)
             return self._conclude(step)
@@ -132,7 +147,7 @@ class Trainer:
     def _introduce(self, start: int) -> None:
         c, sizes = self.config, self.step.layout
         for note in self.notes:
-            self.log.line(note)
+            self.log.keep(note)
         device = backend.device()
         self.log.line(f"{self.run.folder}: {c.model.dim} x {c.model.depth} encoder, {sizes.encoder_size / 1e6:.1f} M "
                       f"weights, predictor {(sizes.size - sizes.encoder_size) / 1e6:.1f} M; {len(self.data.train):,} "
@@ -140,6 +155,8 @@ class Trainer:
                       f"{self.precision} on {device['name']}")
         if start:
             self.log.line(f"resumed at step {start:,} of {self.schedule.total:,}")
+        if slow := backend.slow_heads(c.model.head_dim):
+            self.log.line(f"note: {slow}")
         if backend.on_battery():
             self.log.line("warning: running on battery: plug the machine in, or it slows down and may stop")
         self.log.record("resume" if start else "start", start, total=self.schedule.total, epoch_steps=self.epoch_steps,
@@ -155,7 +172,7 @@ class Trainer:
 
     def _knn_due(self, step: int) -> bool:
         every = self.config.logging.knn_every
-        if self.data.train.labels is None or not every or self.progress["probed"] >= step:
+        if self.unprobed or not every or self.progress["probed"] >= step:
             return False
         return step == self.schedule.total or self._every(step, every)
 
@@ -176,7 +193,10 @@ class Trainer:
         images = mx.array(self.data.train.read(np.asarray(chosen)))
         values = self.step.health(self.state, images, key_of(self.config.seed, HEALTH_STEP))
         loss, base, cosine = ([float(v) for v in np.array(value)] for value in values)
-        found = {"loss": loss, "baseline": base, "cosine": cosine, **health.statistics(self._features(self.validation))}
+        features = self._features(self.validation)
+        if not (np.isfinite(features).all() and np.isfinite(base).all()):
+            self._give_up(step, "the features are no longer finite")
+        found = {"loss": loss, "baseline": base, "cosine": cosine, **health.statistics(features)}
         reason = self.alarm.check(found)
         self.progress |= {"checked": step, "baseline": base, "level_weights": self._level_weights(base),
                           "alarm": self.alarm.dump()}
@@ -196,12 +216,17 @@ class Trainer:
         assert labels is not None
         bank, queries = self._features(self.bank), self._features(self.validation)
         scores = {}
-        for level in ("last", "levels"):
-            k = min(20, len(self.bank))
-            result = knn_accuracy(self.probe.select(bank, level), labels[self.bank],
-                                  self.probe.select(queries, level), labels[self.validation],
-                                  len(self.data.classes), ks=(k,), headline=(k, 0.07))
-            scores[level] = result.top1
+        try:
+            for level in ("last", "levels"):
+                k = min(20, len(self.bank))
+                result = knn_accuracy(self.probe.select(bank, level), labels[self.bank],
+                                      self.probe.select(queries, level), labels[self.validation],
+                                      len(self.data.classes), ks=(k,), headline=(k, 0.07))
+                scores[level] = result.top1
+        except UserError as error:  # a class without a picture in the bank is no reason to lose a night
+            self.unprobed = True
+            self.log.line(f"no online k-NN in this run: {error}")
+            return
         self.progress["probed"] = step
         self.log.record("knn", step, epoch=step / self.epoch_steps, **scores)
         self.log.line(f"epoch {step / self.epoch_steps:.1f}: online k-NN {100 * scores['levels']:.1f} % (levels), "
@@ -230,34 +255,40 @@ class Trainer:
         base, weights = self.progress["baseline"], self.progress["level_weights"]
         ratio = values["loss"] * sum(weights) / float(np.dot(base, weights)) if base else None
         values |= {"bad": int(rows[-1, 2]), "bad_in_a_row": int(rows[-1, 3]), "loss_scale": rows[-1, 4]}
-        peak = backend.peak_memory_gb()
-        if len(pace.rates) == 1:  # what a step needs, and not the whole device: others may be running beside this run
-            backend.set_cache_limit(1.2 * peak)
+        peak, waited, self.waited = backend.peak_memory_gb(), self.waited / len(waiting), 0.0
         self.log.record("train", step, epoch=step / self.epoch_steps, steps=len(waiting), loss_ratio=ratio, **values,
                         levels=list(means[len(STATISTICS):]), lr=self.schedule.lr(step - 1),
                         weight_decay=self.schedule.weight_decay(step - 1), momentum=self.schedule.momentum(step - 1),
-                        it_s=rate, img_s=rate * self.config.training.batch, peak_gb=peak,
+                        it_s=rate, img_s=rate * self.config.training.batch, wait_s=waited, peak_gb=peak,
                         first_step_seconds=pace.first_step, seconds=self.progress["seconds"])
         shown = f"{ratio:.3f}" if ratio is not None else "-"
         self.log.status(step, f"epoch {step / self.epoch_steps:.2f}/{self.config.training.epochs} step {step:,}  "
                               f"loss {values['loss']:.4f} ratio {shown}  lr {self.schedule.lr(step - 1):.2e}  "
                               f"{rate * self.config.training.batch:,.0f} img/s {rate:.2f} it/s  {peak:.1f} GB  "
                               f"{self._health_words()}  {pace.left(step)}")
-        self._warn(values, pace, rate)
+        self._warn(step, values, pace, rate)
 
     def _health_words(self) -> str:
         if self.found is None:
             return "health -"
         return f"rank {self.found['effective_rank'][-1]:.0f} std {self.found['std'][-1]:.2f}"
 
-    def _warn(self, values: dict[str, Any], pace: Pace, rate: float) -> None:
+    def _warn(self, step: int, values: dict[str, Any], pace: Pace, rate: float) -> None:
         if pace.slowed(rate):
             self.log.line(f"warning: {rate:.2f} it/s, {100 * (1 - rate / pace.usual):.0f} % slower than at the start "
                           "(heat, battery, or other programs)")
         if values["bad_in_a_row"] >= self.config.training.max_bad_steps:
-            raise UserError(f"{values['bad_in_a_row']} steps in a row without a finite gradient: training stopped, the "
-                            "last checkpoint is kept.\nTry training.lr 3x lower, a longer training.warmup_epochs, or "
-                            "training.precision: fp32 (in a new run)")
+            self._give_up(step, f"{values['bad_in_a_row']} steps in a row without a finite gradient")
+
+    def _give_up(self, step: int, why: str) -> None:
+        """Stop a run that cannot recover, without a checkpoint of what it has become. Raises UserError."""
+        kept = "the last checkpoint is kept" if (self.run.checkpoints / "latest").exists() else "no checkpoint yet"
+        why = (f"{why}: training stopped at step {step:,}, {kept}.\nTry training.lr 3x lower, a longer "
+               "training.warmup_epochs, or training.precision: fp32 (in a new run)")
+        self.log.keep(why)
+        self.log.record("end", step, finished=False, seconds=self.progress["seconds"],
+                        pictures_seen=step * self.config.training.batch, failed=why.splitlines()[0])
+        raise UserError(why)
 
     def _conclude(self, step: int) -> bool:
         done = step == self.schedule.total
