@@ -6,12 +6,13 @@ import contextlib
 import functools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mlx_hjepa import __version__
 from mlx_hjepa.config import ConfigError, Data, load
@@ -33,7 +34,12 @@ def friendly(command: Callable) -> Callable:
         except BrokenPipeError:
             raise
         except OSError as error:  # a full disk, a folder without permission
-            click.echo(f"error: {error.filename or ''}: {error.strerror or error}", err=True)
+            where = f"{error.filename}: " if error.filename else ""
+            click.echo(f"error: {where}{error.strerror or error}", err=True)
+        except ImportError as error:
+            if not (error.name or "").startswith("mlx"):
+                raise
+            click.echo(f"error: MLX does not load ({error}).\nSee what is missing: mlx-hjepa doctor", err=True)
         sys.exit(2)
 
     return wrapped
@@ -53,12 +59,15 @@ def main() -> None:
 @click.option("--keep-awake", is_flag=True, help="Keep a Mac from sleeping while it trains.")
 @friendly
 def train(config: str, overrides: tuple[str, ...], resume: bool, keep_awake: bool) -> None:
-    """Train by CONFIG, a YAML file, or with --resume a run's folder. Ctrl-C saves and stops."""
+    """Train by CONFIG, a YAML file, or with --resume a run's folder or name. Ctrl-C saves and stops."""
     from mlx_hjepa import backend
     from mlx_hjepa.train import trainer
 
-    if Path(config).is_dir():
-        run = Run.open(config)
+    given = Path(config)
+    if resume and given.name == "config.yaml" and (given.parent / "checkpoints").is_dir():
+        given = given.parent
+    if given.is_dir() or (resume and not given.exists()):
+        run = Run.open(given)
         settings = load(run.config_file, overrides)
         if not resume:
             raise UserError(f"{config} is a run. Go on with it: --resume. Start a new one: give its config.yaml")
@@ -81,17 +90,17 @@ def train(config: str, overrides: tuple[str, ...], resume: bool, keep_awake: boo
 @click.option("--linear", is_flag=True, help="Linear probe.")
 @click.option("--few-shot", is_flag=True, help="Few-shot episodes, and a few labels a class.")
 @click.option("--quality", is_flag=True, help="Feature quality and its verdict.")
-@click.option("--fine-tune", is_flag=True, help="Fine-tuning, and the same network from scratch.")
+@click.option("--fine-tune", is_flag=True, help="Fine-tuning, and the same network from scratch: slow.")
 @click.option("--augmented", is_flag=True, help="Linear probe on fresh crops in every epoch, too: slow.")
-@click.option("--all", "everything", is_flag=True, help="All of these but --augmented.")
+@click.option("--all", "everything", is_flag=True, help="All of these; and the context encoder by k-NN and linear.")
 @click.option("--checkpoint", default="latest", help="latest, best, or a checkpoint's folder.")
 @click.option("--encoder", type=click.Choice(["target", "context"]), default="target", help="Which encoder to score.")
 @click.option("--subset", type=click.IntRange(min=100), help="Score only so many pictures of each split.")
 @click.option("--validation", is_flag=True, help="Score on the held-out training pictures, not on the test set.")
 @click.option("--dataset", type=DATASETS, help="Score on other pictures than the run's own (transfer).")
-@click.option("--root", help="Where they are: an unpacked archive, or a folder of pictures.")
-@click.option("--fine-tune-epochs", type=click.IntRange(min=1), nargs=2,
-              help="Epochs of fine-tuning and from scratch. [default: 100 200]")
+@click.option("--root", help="Where the pictures are: an unpacked archive, or a folder of pictures.")
+@click.option("--fine-tune-epochs", type=(click.IntRange(0, 100), click.IntRange(0)),
+              help="Epochs of fine-tuning and from scratch, 0 to leave one of them out. [default: 100 200]")
 @as_json
 @friendly
 def evaluate(runs: tuple[str, ...], everything: bool, checkpoint: str, encoder: str, subset: int | None,
@@ -101,44 +110,74 @@ def evaluate(runs: tuple[str, ...], everything: bool, checkpoint: str, encoder: 
 
     Without a protocol: k-NN and linear probe. Several runs are also put side by side in one table.
     """
-    from mlx_hjepa.config import section
     from mlx_hjepa.evaluate import report, summary
 
-    if root and not dataset:
-        raise UserError("--root says where the pictures of --dataset are. Give --dataset too")
-    if everything:
-        asked = {name: name != "augmented" or asked[name] for name in asked}
-    elif not any(asked.values()):
-        asked |= {"knn": True, "linear": True}
-    protocols = report.Protocols(**{**asked, "linear": asked["linear"] or asked["augmented"]},
+    if fine_tune_epochs == (0, 0):
+        raise UserError("--fine-tune-epochs 0 0 leaves both out: leave out --fine-tune instead")
+    if everything or not any(asked.values()):
+        asked |= {name: everything or name in ("knn", "linear") for name in asked}
+    protocols = report.Protocols(**{**asked, "linear": asked["linear"] or asked["augmented"]}, context=everything,
                                  fine_tune_epochs=fine_tune_epochs)
     reports = []
     for run in [Run.open(r) for r in runs] or [Run.newest()]:
-        other = section(Data, "data", {"dataset": dataset, "root": root, "source": "resident",
-                                       "image_size": run.config.data.image_size}) if dataset else None
-        what = report.Target(encoder, checkpoint, subset, other, validation)  # type: ignore[arg-type]
+        data = _pictures(run, dataset, root) if dataset or root else None
+        what = report.Target(encoder, checkpoint, subset, data, validation)  # type: ignore[arg-type]
         reports.append(_scored(run, protocols, what, as_json))
+    compared = summary.compare(reports)
     if as_json:
-        click.echo(json.dumps(reports if len(reports) > 1 else reports[0]))
+        click.echo(json.dumps({"reports": reports, "comparison": compared} if len(reports) > 1 else reports[0]))
     elif len(reports) > 1:
-        _out().print(summary.comparison(reports))
+        _out().print(summary.comparison(compared))
+
+
+def _pictures(run: Run, dataset: str | None, root: str | None) -> Data:
+    """The data set asked for, or the run's own at another place."""
+    from mlx_hjepa.config import section
+
+    own = run.config.data
+    if not dataset:
+        return own.model_copy(update={"root": root})
+    return section(Data, "data", {"dataset": dataset, "root": root, "source": "resident", "image_size": own.image_size})
 
 
 def _scored(run: Run, protocols: Any, what: Any, quiet: bool) -> dict[str, Any]:
-    """Evaluate one run with a progress line, write its report, and show its table."""
+    """Evaluate one run, write its report, and show its table and what has no place in that."""
     from mlx_hjepa.evaluate import report, summary
 
-    console = Console(stderr=True)
-    shown = console.is_terminal
-    with console.status("") as status:
-        result = report.evaluate(
-            run, protocols, what, say=lambda text: console.print(text, highlight=False, markup=False),
-            progress=(lambda what, done, of: status.update(f"{what} {done:,} of {of:,}")) if shown else None)
+    with _bar() as (say, progress):
+        result = report.evaluate(run, protocols, what, say, progress)
     summary.write(run, result)
     if not quiet:
         _out().print(summary.table(result))
-        click.echo(f"{result['seconds']:.0f} s; written to {run.evaluation / report.report_name(result)}.md and .json")
+        for line in summary.findings(result):
+            click.echo(line)
+        click.echo(f"{result['seconds']:.0f} s; written to {run.scored / result['name']}.md and .json")
     return result
+
+
+@contextlib.contextmanager
+def _bar() -> Iterator[tuple[Callable[[str], None], Callable[[str, int, int], None] | None]]:
+    """Functions to say a line and to show progress, a bar that goes when it is done; both on stderr, the bar only on a
+    terminal."""
+    console = Console(stderr=True)
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    if not console.is_terminal:
+        yield say, None
+        return
+    columns = TextColumn("{task.description}", markup=False), BarColumn(24), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", visible=False)
+
+        def progress(what: str, done: int, of: int) -> None:
+            new = bar.tasks[0].description != what
+            if new:
+                bar.reset(task, total=of, description=what, visible=True)
+            bar.update(task, completed=done, refresh=new)
+
+        yield say, progress
 
 
 def _out() -> Console:
@@ -190,7 +229,10 @@ def project(config: str, epochs: int | None, chip: str | None, budget: str | Non
 
     settings = load(config, overrides)
     if budget:
-        click.echo("\n".join(projection.budget(budget, settings, Path(config).parent, chip, Step, say)))
+        if epochs:
+            raise UserError("--budget finds the number of epochs: leave --epochs out")
+        options = projection.budget(budget, settings, Path(config).parent, chip, Step, pictures, overrides, say)
+        click.echo(json.dumps(options) if as_json else "\n".join(projection.describe_budget(budget, options)))
         return
     result = projection.project(settings, epochs, chip, Step, pictures, say)
     click.echo(json.dumps(result) if as_json else "\n".join(projection.describe(result)))
@@ -217,8 +259,9 @@ def embed(run: str, folder: str, out: str, level: str, encoder: str, checkpoint:
     """Write the features and names of the pictures in FOLDER, by the encoder of RUN."""
     from mlx_hjepa.evaluate.export import embed_folder
 
-    path = embed_folder(Run.open(run), folder, out, level, on_corrupt, encoder, checkpoint, force,  # type: ignore[arg-type]
-                        say=lambda text: click.echo(text, err=True))
+    with _bar() as (say, progress):
+        path = embed_folder(Run.open(run), folder, out, level, on_corrupt,
+                            encoder, checkpoint, force, say, progress)  # type: ignore[arg-type]
     click.echo(f"written to {path}")
 
 
@@ -259,7 +302,8 @@ def doctor(as_json: bool) -> None:
     """Check this machine: MLX, its back-end, the compiler, memory, disk, the data cache."""
     from mlx_hjepa import backend
 
-    device, findings = backend.device(), backend.doctor()
+    findings = backend.doctor()
+    device = {} if any(f.what.startswith("MLX does not load") for f in findings) else backend.device()
     if as_json:
         click.echo(json.dumps({"device": device, "findings": [f._asdict() for f in findings]}))
     else:
@@ -274,9 +318,9 @@ def _print(facts: dict[str, Any], as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(facts))
         return
-    width = max(map(len, facts))
+    width = max(map(len, facts), default=0)
     for name, value in facts.items():
-        click.echo(f"{name:>{width}}  {', '.join(map(str, value)) if isinstance(value, list) else value}")
+        click.echo(f"{name:>{width}}  {', '.join(map(str, value)) or 'none' if isinstance(value, list) else value}")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from mlx_hjepa.config import Config, ConfigError
 from mlx_hjepa.config import load as load_config
 
 RESULTS = Path("results")
+DIGESTS = "digests.json"  # beside published weights: the SHA-256 of each file
 
 
 class UserError(Exception):
@@ -92,6 +93,11 @@ class Run:
         return sorted((self.folder / "weights").glob("*.safetensors"))
 
     @property
+    def scored(self) -> Path:
+        """Where `eval` writes: `evaluation`, or for a published folder, which stays as it is, one under results/."""
+        return RESULTS / f"{self.name}-published" / "evaluation" if self.published_weights else self.evaluation
+
+    @property
     def config(self) -> Config:
         return load_config(self.config_file)
 
@@ -128,18 +134,17 @@ class Run:
     def newest(cls, name: str | None = None, results: Path = RESULTS) -> Run:
         """The run that wrote last; `name` takes only runs of that configuration. Raises UserError."""
         runs = [cls(file.parent) for file in results.glob("*/config.yaml")]
-        if name is not None:
-            runs = [run for run in runs if run._is_of(name)]
-        if not runs:
-            what = f"run named {name}" if name else "run"
-            raise UserError(f"no {what} under {results}/ yet. Train one: mlx-hjepa train configs/digits_demo.yaml")
-        return max(runs, key=lambda run: run._written())
-
-    def _is_of(self, name: str) -> bool:
-        try:
-            return self.config.name == name
-        except ConfigError:
-            return False
+        damaged: ConfigError | None = None
+        for run in sorted(runs, key=lambda run: run._written(), reverse=True):
+            try:
+                if name in (None, run.config.name):
+                    return run
+            except ConfigError as error:  # it hides no older run
+                damaged = damaged or error
+        if damaged and name is None:
+            raise damaged
+        what = f"run named {name}" if name else "run"
+        raise UserError(f"no {what} under {results}/ yet. Train one: mlx-hjepa train configs/digits_demo.yaml")
 
     def _written(self) -> float:
         return max(f.stat().st_mtime for f in (self.config_file, self.metrics_file) if f.exists())
@@ -152,6 +157,8 @@ class Run:
         """
         if which in ("latest", "best"):
             pointer = self.checkpoints / which
+            if not self.checkpoints.is_dir():
+                raise UserError(f"{self.folder}: its weights are not here, so it can be read but not scored")
             if not pointer.is_file():
                 raise UserError(f"{self.folder}: no {which} checkpoint yet. "
                                 f"Train on: mlx-hjepa train {self.folder} --resume")
@@ -162,15 +169,16 @@ class Run:
         if not state.is_file():
             raise UserError(f"{folder}: not a checkpoint (no state.json)")
         record = read_json(state)
-        if not isinstance(record, dict) or not record.get("digests"):
-            raise UserError(f"{state}: damaged. Use another checkpoint: "
-                            f"--checkpoint best, or one of {self.checkpoints}")
-        for name in [file] if file else record["digests"]:
-            path = folder / name
-            if not path.is_file() or digest(path) != record["digests"].get(name):
-                raise UserError(f"{path}: {'damaged' if path.is_file() else 'missing'}. Use another checkpoint: "
-                                f"--checkpoint best, or one of {self.checkpoints}")
+        _check_digests(state, record.get("digests") if isinstance(record, dict) else None, file,
+                       f"Use another checkpoint: --checkpoint best, or one of {self.checkpoints}")
         return folder
+
+    def checked_shards(self) -> list[Path]:
+        """`published_weights`, checked where digests were published with them. Raises UserError."""
+        record = self.folder / "weights" / DIGESTS
+        if record.is_file():
+            _check_digests(record, read_json(record), None, "Fetch the published folder again")
+        return self.published_weights
 
     def remove_if_empty(self) -> None:
         """Remove the folder of a run that never began, say for want of its data: the newest run is a trained one."""
@@ -192,6 +200,16 @@ class Run:
                 shutil.rmtree(folder)
         for folder in self.checkpoints.glob(".step-*.tmp"):
             shutil.rmtree(folder)
+
+
+def _check_digests(record: Path, digests: Any, only: str | None, advice: str) -> None:
+    """Raise UserError unless the files beside `record`, or the one, are those whose digests it holds."""
+    if not isinstance(digests, dict) or not digests:
+        raise UserError(f"{record}: damaged. {advice}")
+    for name in [only] if only else digests:
+        path = record.with_name(name)
+        if not path.is_file() or digest(path) != digests.get(name):
+            raise UserError(f"{path}: {'damaged' if path.is_file() else 'missing'}. {advice}")
 
 
 def read_json(path: Path) -> Any:

@@ -1,6 +1,9 @@
 """The commands as a user types them: help, JSON, and mistakes answered in a line or two with exit status 2."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from click import Group, Option
@@ -200,3 +203,39 @@ def test_every_error_class_of_the_package_is_caught(cli, tmp_path, monkeypatch):
             raise kind("say\nwhat to do")
         monkeypatch.setattr(backend, "doctor", fail)
         assert mistake(cli("doctor", "--json")) == "error: say\nwhat to do\n"
+
+
+def test_where_mlx_does_not_load_it_is_said_in_two_lines_and_doctor_says_more(monkeypatch, tmp_path):
+    blocked = "import sys; sys.modules['mlx'] = sys.modules['mlx.core'] = None; from mlx_hjepa.cli import main; main()"
+
+    def run(*arguments):
+        return subprocess.run([sys.executable, "-c", blocked, *arguments], capture_output=True, text=True, cwd=tmp_path)
+
+    config = Path("configs/digits_demo.yaml").resolve()
+    for arguments in (["train", str(config)], ["data", "--dataset", "digits"]):
+        done = run(*arguments)
+        assert done.returncode == 2, done.stderr
+        assert done.stderr.startswith("error: MLX does not load")
+        assert len(done.stderr.splitlines()) == 2
+    done = run("doctor")
+    assert done.returncode == 1
+    assert "error  MLX does not load" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_a_run_is_resumed_by_its_name_and_by_its_own_configuration(monkeypatch, tmp_path, tiny_config):
+    monkeypatch.chdir(tmp_path)
+    resumed = []
+    monkeypatch.setattr(trainer, "train", lambda settings, run, resume: resumed.append((run.name, resume)))
+    first, second = (Run.create(tiny_config()) for _ in range(2))
+    second.metrics_file.write_text('{"kind": "start", "step": 0}\n')
+    for given in ("tiny", str(first.folder), str(first.config_file)):
+        assert CliRunner().invoke(main, ["train", given, "--resume"]).exit_code == 0
+    assert resumed == [("tiny", True)] * 3
+
+
+def test_a_damaged_configuration_does_not_hide_the_newest_run(monkeypatch, tmp_path, tiny_config):
+    monkeypatch.chdir(tmp_path)
+    run, damaged = (Run.create(tiny_config()) for _ in range(2))
+    damaged.config_file.write_text("")
+    assert Run.newest().folder == run.folder

@@ -144,7 +144,7 @@ def test_a_published_folder_has_the_features_of_its_run(run, images, tmp_path, m
     for file in (run.config_file, run.environment_file):
         shutil.copy(file, folder)
     publish.write_shards(run.checkpoint() / "target.safetensors", folder / "weights")
-    shards = list((folder / "weights").iterdir())
+    shards = list((folder / "weights").glob("*.safetensors"))
     assert len(shards) > 2
     assert all(w.dtype == mx.bfloat16 for s in shards for w in mx.load(str(s)).values())
     published, own = hj.load(str(folder)), load(run.folder)
@@ -154,7 +154,12 @@ def test_a_published_folder_has_the_features_of_its_run(run, images, tmp_path, m
     np.testing.assert_allclose(published.features(images), own.features(images), atol=0.05)
     with pytest.raises(UserError, match="only the target encoder was published"):
         load(folder, "context")
+    with pytest.raises(UserError, match="published without checkpoints; leave out --checkpoint"):
+        load(folder, checkpoint="best")
     shards[0].unlink()
+    with pytest.raises(UserError, match=r"safetensors: missing. Fetch the published folder again"):
+        load(folder)
+    (folder / "weights" / "digests.json").unlink()  # as older publications
     with pytest.raises(UserError, match="do not fit"):
         load(folder)
 
@@ -203,8 +208,9 @@ def test_a_damaged_or_missing_file_is_named(run):
 
 
 def test_a_truncated_file_without_a_digest_is_still_told(run, tmp_path):
-    """The shards of a published folder have no digest beside them."""
+    """The shards of an older published folder have no digests beside them."""
     publish.write_shards(run.checkpoint() / "target.safetensors", run.folder / "weights")
+    (run.folder / "weights" / "digests.json").unlink()
     file = next((run.folder / "weights").iterdir())
     file.write_bytes(file.read_bytes()[:1000])
     mistake(run, r"target-01-of-01\.safetensors: cannot be read")

@@ -43,7 +43,7 @@ def tunings(monkeypatch):
 def tuning(encoder, layer_decay=1.0, scratch=False, **training):
     values = {"epochs": 1, "batch": 16, "lr": 1e-3, "warmup_epochs": 0, "weight_decay": 0, "betas": (0.9, 0.999),
               "precision": "fp32", **training}
-    return Tuning(encoder, 10, Schedule(Training(**values), 4), layer_decay, scratch, 0)
+    return Tuning(encoder, 10, Schedule(Training(**values), 4), layer_decay, scratch, 0, False)
 
 
 def moved(tuning, digits, steps=1):
@@ -125,7 +125,7 @@ def shuffled(dataset):
 
 def test_digits_are_learnt_and_shuffled_labels_are_not(encoder, digits, tunings):
     split, before = splits(digits, 0), {n: np.array(w) for n, w in encoder.weights.items()}
-    found = fine_tune(encoder, split, epochs=10, lr=6e-3, layer_decay=1.0, precision="fp32")
+    found = fine_tune(encoder, split, False, epochs=10, lr=6e-3, layer_decay=1.0, precision="fp32")
     assert found["accuracy"] > 0.4
     assert found["interval"][0] < found["accuracy"] < found["interval"][1]
     assert found["accuracy"] < found["top5"] <= 1
@@ -137,7 +137,7 @@ def test_digits_are_learnt_and_shuffled_labels_are_not(encoder, digits, tunings)
     kept = np.mean(tunings[0].scores(split.train, held).argmax(axis=1) == digits.train.labels[held])
     assert kept == max(found["validation"])
     np.testing.assert_allclose([np.abs(np.array(encoder.weights[n]) - w).max() for n, w in before.items()], 0)
-    chance = fine_tune(encoder, splits(shuffled(digits), 0), epochs=5, lr=6e-3, layer_decay=1.0, precision="fp32")
+    chance = fine_tune(encoder, splits(shuffled(digits), 0), False, 5, lr=6e-3, layer_decay=1.0, precision="fp32")
     assert chance["accuracy"] == pytest.approx(0.1, abs=0.08)
 
 
@@ -158,7 +158,7 @@ def test_the_epoch_is_chosen_on_validation_and_the_test_set_seen_once(encoder, d
 
     monkeypatch.setattr(Pictures, "stream", streamed)
     monkeypatch.setattr(Tuning, "scores", scores)
-    found = fine_tune(encoder, split, epochs=4, precision="fp32")
+    found = fine_tune(encoder, split, False, epochs=4, precision="fp32")
     assert found["validation"] == [0.5, 1.0, 0.5, 0.5]
     assert found["epoch"] == 2
     assert [p is digits.test for p in scored] == [False] * 4 + [True]
@@ -170,19 +170,20 @@ def test_the_epoch_is_chosen_on_validation_and_the_test_set_seen_once(encoder, d
 
 def test_defaults_and_settings(encoder, digits):
     split = splits(digits, 0, 100)
-    tuned, scratch = (fine_tune(encoder, split, epochs=1, scratch=s)["settings"] for s in (False, True))
+    tuned, scratch = (fine_tune(encoder, split, True, epochs=1, scratch=s)["settings"] for s in (False, True))
     assert (module.FINE_TUNE.epochs, module.SCRATCH.epochs) == (100, 200)
     assert (tuned["layer_decay"], scratch["layer_decay"]) == (0.75, 1.0)
     assert tuned["augment"] == scratch["augment"]
-    assert not tuned["augment"]["flip"]  # as the run: a mirrored digit is another one
+    assert tuned["augment"]["flip"]  # as asked, whatever the run did
+    assert not fine_tune(encoder, split, False, epochs=1)["settings"]["augment"]["flip"]
 
 
 def test_mistakes_are_named(encoder, digits):
     wrong = Dataset(**{**vars(digits), "classes": digits.classes[:5]})
     with pytest.raises(UserError, match="labels from 0 to 9; the data set has 5 classes"):
-        fine_tune(encoder, splits(wrong, 0), epochs=1)
+        fine_tune(encoder, splits(wrong, 0), False, epochs=1)
     with pytest.raises(UserError, match="too few to hold some out"):
-        fine_tune(encoder, splits(digits, 0, 8), epochs=1)
+        fine_tune(encoder, splits(digits, 0, 8), False, epochs=1)
     broken = FrozenEncoder(encoder.config, {n: w * np.nan for n, w in encoder.weights.items()}, digits.mean, digits.std)
     with pytest.raises(UserError, match="the loss of epoch 1 is not finite"):
-        fine_tune(broken, splits(digits, 0, 100), epochs=2, precision="fp32")
+        fine_tune(broken, splits(digits, 0, 100), False, epochs=2, precision="fp32")

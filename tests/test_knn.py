@@ -47,6 +47,19 @@ def test_blocks_change_nothing():
             np.testing.assert_allclose(cosines, np.take_along_axis(unit[1] @ unit[0].T, rows, 1), atol=1e-6)
 
 
+def test_device_memory_does_not_grow_with_the_bank():
+    rng, peaks = np.random.default_rng(0), []
+    queries = rng.standard_normal((64, 32)).astype(np.float32)
+    for count in (4096, 65536):
+        bank = rng.standard_normal((count, 32)).astype(np.float32)
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        knn.nearest(bank, queries, 20, query_block=32, bank_block=1024)
+        peaks.append(mx.get_peak_memory() - before)
+    assert peaks[1] < 1.5 * peaks[0] < bank.nbytes / 4
+
+
 def test_all_ks_come_from_one_pass_and_the_headline_is_always_there():
     bank, queries = clusters(400, noise=2.0), clusters(200, noise=2.0, seed=1)
     together = knn.knn_accuracy(*bank, *queries, 7, ks=(1, 10, 100), temperatures=(0.02, 0.5))

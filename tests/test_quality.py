@@ -140,6 +140,13 @@ def test_isotropic_features_are_healthy():
     assert 0 <= row["alpha_req"] < 0.3
 
 
+def test_the_verdict_knows_the_rank_that_few_pictures_can_have():
+    found = quality(Subject("raw", split(60), None))  # 768 independent pixels, but 59 directions
+    assert found["by_level"]["last"]["effective_rank"] > 50
+    assert found["verdict"] == "healthy"
+    assert " of 59," in found["reason"]
+
+
 def test_the_verdict_compares_with_the_untrained_encoder():
     s = Subject("raw", split(300, size=4), None)
     alone = quality(s)

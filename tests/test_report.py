@@ -5,6 +5,8 @@ import importlib.util
 import json
 import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from mlx_hjepa.evaluate import summary
 from mlx_hjepa.evaluate.features import FrozenEncoder, random_encoder
 from mlx_hjepa.evaluate.report import Protocols, Target, evaluate
 from mlx_hjepa.evaluate.subject import Subject, splits
+from mlx_hjepa.metrics import wilson_interval
 from mlx_hjepa.run import Run, UserError, digest
 from mlx_hjepa.train import trainer
 
@@ -72,10 +75,21 @@ def cli(tmp_path, monkeypatch):
     return lambda *words: CliRunner().invoke(main, [str(word) for word in words])
 
 
-def report_of(run, name="report"):
+def report_of(run, name="report-subset400"):
     def refuse(word):
         raise AssertionError(f"{word} is no JSON")
     return json.loads((run.evaluation / f"{name}.json").read_text(), parse_constant=refuse)
+
+
+def reports(run):
+    return {file.stem for file in run.evaluation.glob("*.json")}
+
+
+def environment_of(run, source, **facts):
+    """The environment of another run, but for these facts about the data."""
+    environment = source.environment
+    environment["dataset"] |= facts
+    run.environment_file.write_text(json.dumps(environment))
 
 
 def quiet(text):
@@ -137,7 +151,7 @@ def test_raw_random_and_trained_are_in_one_table(trained):
     assert rows["raw"]["last"]["dim"] == 192
     assert [rows["trained"][level]["dim"] for level in ("last", "levels", "1", "last4")] == [32, 64, 32, 64]
     assert rows["raw"]["last"]["knn"]["accuracy"] > 0.9  # digits are easy
-    text = (run.evaluation / "report.md").read_text()
+    text = (run.evaluation / "report-subset400.md").read_text()
     for out in (result.stdout, text):
         for word in ("raw", "random", "trained", "levels", "last4"):
             assert word in out
@@ -151,25 +165,30 @@ def test_the_report_says_what_was_scored_and_where_it_comes_from(trained):
     assert (report["dataset"]["train"], report["dataset"]["test"]) == (400, 360)
     assert (report["step"], report["pictures_seen"]) == (22, 22 * 64)
     assert report["weights"] == digest(run.checkpoint() / "target.safetensors")
-    text = (run.evaluation / "report.md").read_text()
+    text = (run.evaluation / "report-subset400.md").read_text()
     for out in (" ".join(result.stdout.split()), text):
         assert "a subset: at most 400 pictures of each split" in out
     for word in ("360 test pictures", "bank of 400", "seed 0", report["weights"], "evaluation took",
-                 "![report-knn.png]", "![report-confusion.png]"):
+                 "![report-subset400-knn.png]", "![report-subset400-confusion.png]", "| knn | ", "k-NN top-5",
+                 "`mlx-hjepa "):
         assert word in text
+    levels = report["rows"]["trained"]["levels"]
+    best = max(levels["knn"]["sweep"], key=lambda s: s["accuracy"])
+    assert f"{100 * best['accuracy']:.1f} at k {best['k']}, T {best['T']:g}" in text
+    assert f"| {100 * levels['knn']['top5']:.1f} | {100 * levels['linear']['top5']:.1f} |" in text
 
 
 def test_pictures_are_small_and_only_of_what_ran(run):
-    names = {"report-knn.png", "report-levels.png", "report-confusion.png"}
+    names = {f"report-subset400-{part}.png" for part in ("knn", "levels", "confusion")}
     assert {f.name for f in run.evaluation.glob("*.png")} == names
     for name in names:
         assert (run.evaluation / name).stat().st_size < 150_000
         with Image.open(run.evaluation / name) as picture:
             assert np.asarray(picture.convert("L")).std() > 5
-    (run.evaluation / "report.json").unlink()
+    (run.evaluation / "report-subset400.json").unlink()
     summary.write(run, evaluate(run, KNN, Target(subset=400), quiet))
-    assert {f.name for f in run.evaluation.glob("*.png")} == {"report-knn.png", "report-levels.png"}
-    assert "confusion" not in (run.evaluation / "report.md").read_text()
+    assert {f.name for f in run.evaluation.glob("*.png")} == names - {"report-subset400-confusion.png"}
+    assert "confusion" not in (run.evaluation / "report-subset400.md").read_text()
 
 
 def test_the_random_row_is_the_encoder_of_step_0(run, tmp_path):
@@ -222,10 +241,27 @@ def test_a_random_encoder_of_other_code_is_not_taken_from_the_cache(run):
     assert np.abs(found[0] - found[1]).max() > 1e-3
 
 
+def test_features_that_nothing_asks_for_any_more_are_removed(run):
+    folder = run.evaluation / "features"
+    assert len(list(folder.iterdir())) == 4
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    mine, killed, strange = (folder / f"trained-test-0123.{pid}.tmp" for pid in (os.getpid(), dead.pid, "x"))
+    for file in (mine, killed, strange):
+        file.write_bytes(b"half")
+    replant(run, lambda w: w * 1.5)
+    before = {file.name for file in folder.glob("*.npy")}
+    evaluate(run, KNN, Target(subset=400), quiet)
+    after = {file.name for file in folder.glob("*.npy")}
+    assert len(after) == 4
+    assert {name.split("-")[0] for name in before & after} == {"random"}
+    assert (mine.exists(), killed.exists(), strange.exists()) == (True, False, True)
+
+
 def test_a_class_without_test_pictures_is_no_nan_in_the_json(run, tmp_path, cli, monkeypatch):
     monkeypatch.setattr(module, "probe", functools.partial(module.probe, epochs=5))
     root = folder_of(tmp_path / "p", {"train/a": 20, "train/b": 20, "test/b": 12})
-    result = cli("eval", run.folder, "--dataset", "folder", "--root", root, "--json")
+    result = cli("eval", run.folder, "--linear", "--knn", "--dataset", "folder", "--root", root, "--json")
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
     assert report["rows"]["raw"]["last"]["linear"]["per_class"][0] is None
@@ -239,12 +275,15 @@ def test_a_constant_encoder_is_called_collapsed(run, cli):
     replant(run, mx.zeros_like)
     result = cli("eval", "--quality", "--subset", 200)
     assert result.exit_code == 0, result.output
-    report = report_of(run)
+    assert "features: collapsed (normalised std" in result.stdout
+    report = report_of(run, "report-subset200")
     assert report["verdict"] == "collapsed"
     assert report["quality"]["random"]["verdict"] != "collapsed"
-    text = (run.evaluation / "report.md").read_text()
+    cosine = report["quality"]["trained"]["by_level"]["last"]["cosine"]
+    text = (run.evaluation / "report-subset200.md").read_text()
     assert "**Features: collapsed** (normalised std" in text
-    assert (run.evaluation / "report-spectrum.png").stat().st_size < 150_000
+    assert "{mean:.2f} ({p5:.2f} to {p95:.2f})".format(**cosine) in text
+    assert (run.evaluation / "report-subset200-spectrum.png").stat().st_size < 150_000
 
 
 def test_shuffled_labels_give_chance(run, monkeypatch):
@@ -263,15 +302,20 @@ def test_leaked_test_pictures_are_refused(run, tmp_path, cli):
     shutil.copy(root / "train/a/3.png", root / "test/b/0.png")
     assert "1 of the 20 test pictures are in the training pictures too" in mistake(
         cli("eval", run.folder, "--dataset", "folder", "--root", root))
-    assert not (run.evaluation / "report-folder.json").exists()
+    assert reports(run) == {"report-subset400"}
 
 
-def test_a_few_pictures_twice_are_no_leak(run):
+def test_a_few_pictures_twice_are_no_leak_but_told(run, monkeypatch):
     data = load_dataset(run.config.data)
     images = data.test.images.copy()
     images[:3] = data.train.images[:3]
     twice = replace(data, test=Pictures(images, data.test.labels))
-    assert len(splits(twice, 0).test_rows) == 360
+    split = splits(twice, 0)
+    assert (len(split.test_rows), split.leaked, splits(data, 0).leaked) == (360, 3, 0)
+    monkeypatch.setattr(module, "load_dataset", lambda *a, **k: twice)
+    report = evaluate(run, KNN, Target(), quiet)
+    assert report["dataset"]["leaked"] == 3
+    assert "3 test pictures lie in the bank too, byte for byte." in summary.markdown(run, report)
     images[:4] = data.train.images[:4]
     with pytest.raises(UserError, match="4 of the 360 test pictures"):
         splits(twice, 0)
@@ -331,11 +375,111 @@ def test_a_run_of_other_code(run, cli):
 
 
 def test_options_that_make_no_sense(run, cli):
-    assert "Give --dataset too" in mistake(cli("eval", "--root", "."))
     assert "data.root" in mistake(cli("eval", "--dataset", "folder"))
-    for words in (["--fine-tune-epochs", "0", "0"], ["--subset", "5"]):
+    assert "leaves both out" in mistake(cli("eval", "--fine-tune", "--fine-tune-epochs", 0, 0))
+    for words in (["--fine-tune-epochs", "101", "0"], ["--fine-tune-epochs", "1"], ["--subset", "5"]):
         result = cli("eval", *words)
         assert (result.exit_code, "Traceback" in result.stderr) == (2, False)
+
+
+# ---------------------------------------------------------------- what is kept of earlier calls
+
+TUNED = Protocols(knn=True, linear=False, fine_tune=True, fine_tune_epochs=(1, 0))
+
+
+def test_every_choice_of_what_is_scored_has_a_report_of_its_own(run):
+    evaluate(run, TUNED, Target(), quiet)
+    for what in (Target(subset=300), Target(), Target(subset=300), Target(validation=True), Target(encoder="context")):
+        evaluate(run, KNN, what, quiet)
+    assert reports(run) == {"report-subset400", "report", "report-subset300", "report-validation", "report-context"}
+    assert report_of(run, "report")["fine_tune"]["epochs"] == 1
+    assert "linear" in report_of(run)["rows"]["raw"]["last"]
+    first = run.checkpoint()
+    second = shutil.copytree(first, run.checkpoints / "step-000000044")
+    run.point("latest", second)
+    replant(run, lambda w: w * 1.5)
+    run.point("best", first)
+    old = [evaluate(run, KNN, Target(checkpoint=which), quiet) for which in ("best", first.name, str(first))]
+    assert {report["name"] for report in old} == {"report-step-000000022"}
+    assert evaluate(run, KNN, Target(checkpoint=str(second)), quiet)["name"] == "report"
+
+
+def test_a_report_of_other_weights_is_moved_aside_and_never_over_another(run):
+    found = [report_of(run)]
+    for scale in (1.5, 1.2):
+        replant(run, lambda w, scale=scale: w * scale)
+        found.append(evaluate(run, KNN, Target(subset=400), quiet))
+    assert "linear" not in found[1]["rows"]["raw"]["last"]
+    kept = [report_of(run, f"report-subset400-step-000000022{end}") for end in ("", "-2")] + [report_of(run)]
+    assert json.loads(json.dumps(found)) == kept
+
+
+def test_a_report_of_older_code_is_moved_aside(run):
+    old = report_of(run) | {"protocols": {"knn": True, "linear": True, "fine_tune_epochs": None}}
+    (run.evaluation / "report-subset400.json").write_text(json.dumps(old))
+    assert "linear" not in evaluate(run, KNN, Target(subset=400), quiet)["rows"]["raw"]["last"]
+    assert report_of(run, "report-subset400-step-000000022") == old
+
+
+def test_each_protocol_says_how_it_ran_and_the_last_time_counts(run, monkeypatch):
+    file = run.evaluation / "report-subset400.json"
+    before = report_of(run)
+    before["protocols"]["knn"] |= {"seconds": 1000.0, "commit": "old", "device": "another"}
+    before["protocols"]["linear"] |= {"seconds": 500.0, "commit": "old", "device": "another"}
+    file.write_text(json.dumps(before))
+    commands = ("--fine-tune-epochs 1 0", "--fine-tune-epochs 0 1", "--fine-tune-epochs 2 0")
+    for words, epochs in zip(commands, ((1, 0), (0, 1), (2, 0)), strict=True):
+        monkeypatch.setattr(sys, "argv", ["mlx-hjepa", *words.split()])
+        protocols = Protocols(knn=True, linear=False, fine_tune=True, fine_tune_epochs=epochs)
+        report = evaluate(run, protocols, Target(subset=400), quiet)
+    ran = report["protocols"]
+    assert {name: how["command"].removeprefix("mlx-hjepa ") for name, how in ran.items() if name != "linear"} == {
+        "knn": commands[2], "fine_tune": commands[2], "scratch": commands[1]}
+    assert (ran["linear"]["commit"], ran["linear"]["device"]) == ("old", "another")
+    assert ran["knn"]["device"] == report["device"]["name"] != "another"
+    assert (report["fine_tune"]["epochs"], report["scratch"]["epochs"]) == (2, 1)
+    assert report["seconds"] == pytest.approx(sum(how["seconds"] for how in ran.values()))
+    assert 500 < report["seconds"] < 600
+    assert "| linear | 500 | another | old |" in summary.markdown(run, report)
+
+
+def test_what_is_done_outlives_an_interruption(run, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "fine_tune", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(run, TUNED, Target(subset=300), quiet)
+    report = report_of(run, "report-subset300")
+    assert list(report["protocols"]) == ["knn"]
+    accuracy = report["rows"]["trained"]["levels"]["knn"]["accuracy"]
+    assert f"{100 * accuracy:.1f} ±" in (run.evaluation / "report-subset300.md").read_text()
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    ("{", "damaged, not JSON"), ("{}", "not a report of mlx-hjepa. Move it away"), ("[]", "not a report"),
+    ('{"rows": {}, "dataset": "digits"}', "not a report")])
+def test_a_damaged_earlier_report_is_told_before_the_work(run, cli, monkeypatch, content, message):
+    (run.evaluation / "report-subset400.json").write_text(content)
+    monkeypatch.setattr(module, "Subject", None)
+    assert message in mistake(cli("eval", "--subset", 400))
+    assert (run.evaluation / "report-subset400.json").read_text() == content
+
+
+def test_no_protocol_mirrors_digits(run, tmp_path, monkeypatch):
+    run.config_file.write_text(run.config_file.read_text().replace("flip: false", "flip: true"))
+    mirrored, probe = [], module.probe
+    monkeypatch.setattr(module, "probe", lambda train, *a, **k: mirrored.append(train.mirror is not None) or probe(
+        train, *a, **(k | {"epochs": 1})))
+    protocols = replace(TUNED, linear=True)
+    report = evaluate(run, protocols, Target(subset=300), quiet)
+    assert not report["fine_tune"]["settings"]["augment"]["flip"]
+    assert not any(mirrored)
+    data = config.Data(dataset="folder", image_size=8,
+                       root=str(folder_of(tmp_path / "p", {"train/a": 40, "train/b": 40, "test/a": 9, "test/b": 9})))
+    report = evaluate(run, protocols, Target(data=data), quiet)
+    assert report["fine_tune"]["settings"]["augment"]["flip"]
+    assert mirrored[-1]
 
 
 # ---------------------------------------------------------------- runs and data
@@ -355,12 +499,12 @@ def test_eval_takes_the_newest_run_and_prints_json(run, cli, tmp_path):
 
 
 def test_transfer_is_scored_on_the_other_pictures(run, tmp_path, cli):
-    before = (run.evaluation / "report.json").read_bytes()
+    before = (run.evaluation / "report-subset400.json").read_bytes()
     root = folder_of(tmp_path / "p", {"train/a": 20, "train/b": 20, "test/a": 9, "test/b": 9})
     data = {**TINY["data"], "dataset": "folder", "root": str(root)}
     other = Run.create(config.build({**TINY, "name": "other", "data": data}), tmp_path / "results")
     shutil.copytree(run.checkpoints, other.checkpoints, dirs_exist_ok=True)
-    shutil.copy(run.environment_file, other.environment_file)
+    environment_of(other, run, fingerprint="that of the folder")
     found = evaluate(other, KNN, Target(data=config.section(config.Data, "data", {
         "dataset": "digits", "image_size": 8, "source": "resident"})), quiet)
     assert (found["dataset"]["name"], found["dataset"]["transfer"]) == ("digits", True)
@@ -368,56 +512,176 @@ def test_transfer_is_scored_on_the_other_pictures(run, tmp_path, cli):
     assert json.loads(json.dumps(found)) == report_of(other, "report-digits")
     result = cli("eval", "tiny", "--knn", "--dataset", "folder", "--root", root)
     assert result.exit_code == 0, result.output
-    assert report_of(run, "report-folder")["classes"] == ["a", "b"]
-    assert (run.evaluation / "report-folder.md").is_file()
-    assert (run.evaluation / "report.json").read_bytes() == before
+    name = f"report-folder-{load_dataset(other.config.data, say=quiet).fingerprint[:8]}"
+    assert report_of(run, name)["classes"] == ["a", "b"]
+    assert (run.evaluation / f"{name}.md").is_file()
+    assert reports(run) == {"report-subset400", name}
+    assert (run.evaluation / "report-subset400.json").read_bytes() == before
+
+
+def test_the_runs_own_pictures_at_another_place_are_no_transfer(run, tmp_path, cli):
+    own, other = (folder_of(tmp_path / name, {"train/a": 20, "train/b": 20, "test/a": 9, "test/b": 9}, seed)
+                  for seed, name in enumerate(("own", "other")))
+    data = {**TINY["data"], "dataset": "folder", "root": "/no/such/place"}
+    run.config_file.write_text(config.build({**TINY, "data": data}).dump())
+    found = load_dataset(config.Data(dataset="folder", root=str(own), image_size=8), say=quiet)
+    environment_of(run, run, fingerprint=found.fingerprint)
+    assert "no such folder" in mistake(cli("eval", "--knn"))
+    for root in (own, other):
+        assert cli("eval", "--knn", "--root", root).exit_code == 0
+    (other,) = reports(run) - {"report-subset400", "report"}
+    assert not report_of(run, "report")["dataset"]["transfer"]
+    assert report_of(run, other)["dataset"]["transfer"]
+
+
+def test_an_environment_without_a_fingerprint(run, cli):
+    environment_of(run, run, fingerprint=None)
+    assert "without the data's fingerprint, so written by other code" in mistake(cli("eval"))
+
+
+def test_each_protocol_alone(run, cli, monkeypatch):
+    shorten(monkeypatch)
+    for words, kinds, whole in ((["--linear"], {"linear"}, set()), (["--few-shot"], {"few_shot"}, set()),
+                                (["--quality"], set(), {"quality", "verdict", "reason"}),
+                                (["--fine-tune", "--fine-tune-epochs", 0, 1], set(), {"scratch"})):
+        result = cli("eval", "--subset", 200, *words)
+        assert result.exit_code == 0, result.output
+        report = report_of(run, "report-subset200")
+        found = {kind for levels in report["rows"].values() for scores in levels.values() for kind in scores}
+        assert found == {"dim", "effective_rank", *kinds}
+        assert report.keys() - report_of(run).keys() == whole
+        (run.evaluation / "report-subset200.json").unlink()
+
+
+def test_another_data_set_by_its_name(run, cli, tmp_path):
+    environment_of(run, run, fingerprint="of other pictures")
+    result = cli("eval", "--knn", "--dataset", "digits")
+    assert result.exit_code == 0, result.output
+    assert report_of(run, "report-digits")["dataset"]["transfer"]
+
+
+def test_progress_is_for_a_terminal(run, cli, tmp_path, monkeypatch):
+    shorten(monkeypatch)
+    folder_of(tmp_path / "p", {"all": 3})
+    commands = (["eval", "--all", "--subset", 400, "--fine-tune-epochs", 1, 1],
+                ["embed", "tiny", tmp_path / "p", "--out", "x.npz", "--force"])
+    words = ("trained: test", "k-NN: raw, last", "linear probe: trained, last4", "few-shot episodes: random, levels",
+             "few labels: trained, last", "augmented probe: trained, levels", "trained: views", "fine-tuning",
+             "from scratch", "embedding")
+    plain = [cli(*command) for command in commands]
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "200")
+    shutil.rmtree(run.evaluation)
+    drawn = [cli(*command) for command in commands]
+    assert [result.exit_code for result in (*plain, *drawn)] == [0] * 4
+    assert "━" in drawn[0].stderr
+    for word in words:
+        assert word in "".join(result.stderr for result in drawn), word
+    said = "".join(result.stderr for result in plain).splitlines()
+    assert said == ["features ...", "k-NN ...", "linear probe ...", "few-shot ...", "feature quality ...",
+                    "linear probe on fresh crops ...", "fine-tuning ...", "the same network from scratch ..."]
+
+
+def test_features_and_weights_leave_by_the_commands(run, cli, tmp_path):
+    folder_of(tmp_path / "p", {"all": 3})
+    result = cli("embed", "tiny", tmp_path / "p", "--out", "x.npz", "--level", "last", "--encoder", "context")
+    assert result.exit_code == 0, result.output
+    assert "written to x.npz" in result.stdout
+    with np.load("x.npz") as found:
+        assert found["features"].shape == (3, 32)
+        assert found["names"].tolist() == [f"all/{i}.png" for i in range(3)]
+    assert "already there" in mistake(cli("embed", "tiny", tmp_path / "p", "--out", "x.npz"))
+    result = cli("export", "tiny", "out", "--encoder", "context")
+    assert result.exit_code == 0, result.output
+    assert {f.name for f in Path("out").iterdir()} == {"model.safetensors", "config.json", "README.md"}
+    assert json.loads(Path("out/config.json").read_text())["mlx_hjepa"]["encoder"] == "context"
+    assert "already there" in mistake(cli("export", "tiny", "out"))
+
+
+@pytest.mark.slow
+def test_the_script_runs_everything(run, tmp_path):
+    script = Path(__file__).parents[1] / "tools" / "eval_after_training.sh"
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    done = subprocess.run([script, "tiny", "--subset", "100", "--fine-tune-epochs", "1", "1"], cwd=tmp_path, text=True,
+                          capture_output=True, env={**os.environ, "PATH": path})
+    assert done.returncode == 0, done.stderr
+    assert len(report_of(run, "report-subset100")["protocols"]) == 7
+    for word in ("tiny: digits", "features: ", "from scratch", "report-subset100.md"):
+        assert word in done.stdout
 
 
 def test_without_a_test_split_held_out_pictures_are_scored(run, tmp_path, cli):
     root = folder_of(tmp_path / "p", {"train/a": 40, "train/b": 40})
     result = cli("eval", "tiny", "--knn", "--dataset", "folder", "--root", root)
     assert result.exit_code == 0, result.output
-    report = report_of(run, "report-folder")
+    (name,) = reports(run) - {"report-subset400"}
+    report = report_of(run, name)
     assert (report["dataset"]["train"], report["dataset"]["test"]) == (72, 8)
-    assert "no test split: scored on 8" in (run.evaluation / "report-folder.md").read_text()
+    assert "no test split: scored on 8" in (run.evaluation / f"{name}.md").read_text()
 
 
-def test_everything_at_once(run, cli, monkeypatch):
-    """--all: every protocol's numbers and pictures, and the augmented probe when it is asked for."""
+def shorten(monkeypatch):
     for name, shorter in (("probe", {"epochs": 5}), ("augmented_probe", {"epochs": 2}), ("episodes", {"episodes": 30}),
                           ("few_labels", {"draws": 2}), ("quality", {"views": 4})):
         monkeypatch.setattr(module, name, functools.partial(getattr(module, name), **shorter))
-    result = cli("eval", "--all", "--augmented", "--subset", 150, "--fine-tune-epochs", 1, 1)
+
+
+def test_everything_at_once(run, cli, monkeypatch):
+    """--all: every protocol's numbers and pictures, on the rows that it is for."""
+    shorten(monkeypatch)
+    result = cli("eval", "--all", "--subset", 150, "--fine-tune-epochs", 1, 2)
     assert result.exit_code == 0, result.output
-    report = report_of(run)
-    assert report["protocols"] == {"knn": True, "linear": True, "few_shot": True, "quality": True, "fine_tune": True,
-                                   "augmented": True, "fine_tune_epochs": [1, 1]}
-    text = (run.evaluation / "report.md").read_text()
+    report = report_of(run, "report-subset150")
+    assert list(report["protocols"]) == ["knn", "linear", "few_shot", "quality", "augmented", "fine_tune", "scratch"]
+    assert (report["fine_tune"]["epochs"], report["scratch"]["epochs"]) == (1, 2)
+    assert {(name, level, kind) for name, levels in report["rows"].items() for level, scores in levels.items()
+            for kind in scores if kind not in ("dim", "effective_rank")} == {
+        *((name, level, kind) for name in ("random", "trained", "context") for level in ("last", "levels")
+          for kind in ("knn", "linear", "few_shot") if (name, kind) != ("context", "few_shot")),
+        *(("trained", level, kind) for level in ("1", "last4") for kind in ("knn", "linear")),
+        *(("raw", "last", kind) for kind in ("knn", "linear", "few_shot")),
+        *(("trained", level, "linear_augmented") for level in ("last", "levels"))}
+    assert report["rows"]["context"]["last"]["knn"] != report["rows"]["trained"]["last"]["knn"]
+    text = (run.evaluation / "report-subset150.md").read_text()
     for word in ("Fine-tuned: ", "The same network from scratch: ", "## k-NN", "## Few-shot episodes",
                  "## k labels a class", "## Feature quality", "LiDAR", "Linear probe on fresh crops"):
         assert word in text
     for part in ("knn", "levels", "confusion", "spectrum"):
-        assert 0 < (run.evaluation / f"report-{part}.png").stat().st_size < 150_000
-    assert "fine-tuned" in result.stdout
-    assert "from scratch" in result.stdout
+        assert 0 < (run.evaluation / f"report-subset150-{part}.png").stat().st_size < 150_000
+    skipped = report["rows"]["raw"]["last"]["few_shot"]["labels"]["skipped"]
+    assert "50" in skipped
+    for out in (text, result.stdout):
+        assert f"50: {skipped['50']}" in out
+    for word in ("fine-tuned", "from scratch", f"features: {report['verdict']} ({report['reason']})",
+                 "Linear probe on fresh crops in every epoch, trained, levels: ", "raw, last: 1: centroid "):
+        assert word in result.stdout
+    outdated = json.loads(json.dumps(report))
+    outdated["rows"]["context"]["last"]["knn"]["accuracy"] = 2
+    (run.evaluation / "report-subset150.json").write_text(json.dumps(outdated))
+    evaluate(run, KNN, Target(subset=150), quiet)  # a row that is there is scored anew
+    assert report_of(run, "report-subset150")["rows"]["context"] == report["rows"]["context"]
 
 
-def row(run, accuracy, seed=0, preset="p", n=1000, fingerprint="f", epochs=10):
-    scores = {level: {"knn": {"accuracy": accuracy}, "linear": {"accuracy": accuracy}, "effective_rank": 9.0}
+def score(accuracy, n=1000):
+    return {"accuracy": accuracy, "interval": wilson_interval(round(accuracy * n), n)}
+
+
+def row(run, accuracy, seed=0, preset="p", n=1000, fingerprint="f", epochs=10, **more):
+    scores = {level: {"knn": score(accuracy, n), "linear": score(accuracy, n), "effective_rank": 9.0}
               for level in ("last", "levels")}
-    return {"run": run, "preset": preset, "seed": seed, "epochs": epochs, "rows": {"trained": scores},
-            "dataset": {"name": "cifar10", "test": n, "fingerprint": fingerprint}}
+    return {"run": run, "preset": preset, "recipe": f"{preset} {epochs}", "seed": seed, "epochs": epochs,
+            "rows": {"trained": scores}, "dataset": {"name": "cifar10", "test": n, "fingerprint": fingerprint}, **more}
 
 
 def side_by_side(*reports):
-    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(summary.comparison(list(reports)))
-    lines = (line.strip("│ ") for line in console.export_text().splitlines() if "│" in line)
-    return {line.split("│")[0].strip(): line for line in lines}
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(summary.comparison(summary.compare(list(reports))))
+    lines = (line.strip("│┃ ") for line in console.export_text().splitlines() if "│" in line or "┃" in line)
+    return {line.split("│")[0].split("┃")[0].strip(): line for line in lines}
 
 
 def test_the_comparison_marks_what_is_within_the_noise():
-    # 1.96 standard errors of two proportions near 0.7 of 1,000 are 4 points
+    # the root of two half intervals' squares near 0.7 of 1,000 is 4 points
     lines = side_by_side(row("best", 0.70), row("near", 0.67), row("far", 0.64))
     assert lines["best"].count("70.0 best") == 4
     assert lines["near"].count("67.0 ~") == 4
@@ -428,17 +692,38 @@ def test_the_comparison_marks_what_is_within_the_noise():
     assert lines["c"].count("30.0 best") == 4  # other pictures: no rival
 
 
-def test_the_comparison_pools_seeds_of_one_preset():
-    lines = side_by_side(*(row(f"p{i}", a, i) for i, a in enumerate((0.60, 0.62, 0.64))),
-                         *(row(f"q{i}", a, i, "q") for i, a in enumerate((0.63, 0.64, 0.65))),
-                         *(row(f"r{i}", a, i, "r") for i, a in enumerate((0.50, 0.51, 0.52))), row("s", 0.9, 0, "s"),
-                         row("long", 0.9, 9, epochs=100))
+def test_the_comparison_pools_runs_that_differ_in_their_seed_alone():
+    runs = [*(row(f"p{i}", a, i) for i, a in enumerate((0.60, 0.62, 0.64))),
+            *(row(f"q{i}", a, i, "q") for i, a in enumerate((0.63, 0.64, 0.65))),
+            *(row(f"r{i}", a, i, "r") for i, a in enumerate((0.50, 0.51, 0.52))), row("s", 0.9, 0, "s"),
+            row("long", 0.9, 9, epochs=100), row("p2", 0.64, 2), row("faster", 0.1, 8, recipe="p, another lr")]
+    lines = side_by_side(*runs)
     assert "62.0 ± 2.0 ~" in lines["p"]
-    assert "3 seeds" in lines["p"]
+    assert "3 seeds" in lines["p"]  # one value a seed
     assert "64.0 ± 1.0 best" in lines["q"]
     assert "51.0 ± 1.0" in lines["r"]
     assert "~" not in lines["r"]
     assert "seeds" not in lines["s"]
+    assert [s["seeds"] for s in summary.compare(runs)["seeds"]] == [[0, 1, 2]] * 3
+
+
+def test_the_recipe_is_all_of_the_configuration_but_where_and_which(tiny_config):
+    same = [tiny_config(**c) for c in ({}, {"name": "b"}, {"seed": 3}, {"data": {"root": "elsewhere"}},
+                                       {"logging": {"knn_every": 1}}, {"checkpoints": {"keep": 9}})]
+    other = [tiny_config(**c) for c in ({"training": {"lr": 0.1}}, {"augment": {"flip": False}},
+                                        {"data": {"split_seed": 1}})]
+    assert len({module._recipe(c) for c in same}) == 1
+    assert len({module._recipe(c) for c in [same[0], *other]}) == 4
+
+
+def test_the_comparison_has_a_column_for_what_was_run():
+    plain, tuned = row("plain", 0.70), row("tuned", 0.60, fine_tune=score(0.9), scratch=score(0.8))
+    tuned["rows"]["trained"]["levels"]["few_shot"] = {"episodes": {"shots": {"5": score(0.55)}}}
+    assert summary.compare([plain, plain])["columns"] == ["k-NN", "linear", "k-NN last", "linear last"]
+    lines = side_by_side(plain, tuned)
+    assert all(word in lines["run"] for word in ("5-shot", "fine-tuned", "from scratch"))
+    assert all(word in lines["tuned"] for word in ("55.0 best", "90.0 best", "80.0 best"))
+    assert summary.compare([plain, tuned])["runs"][0]["scores"]["fine-tuned"] is None
 
 
 def test_several_runs_are_put_side_by_side(run, cli, tmp_path):
@@ -447,30 +732,35 @@ def test_several_runs_are_put_side_by_side(run, cli, tmp_path):
     assert result.exit_code == 0, result.output
     assert "side by side" in result.stdout
     found = json.loads(cli("eval", "tiny", "twin", "--knn", "--subset", 400, "--json").stdout)
-    assert [r["run"] for r in found] == ["tiny", "twin"]
+    assert [r["run"] for r in found["reports"]] == ["tiny", "twin"]
+    accuracy = found["reports"][0]["rows"]["trained"]["levels"]["knn"]["accuracy"]
+    assert [r["scores"]["k-NN"] for r in found["comparison"]["runs"]] == [{"accuracy": accuracy, "mark": "best"}] * 2
 
 
 # ---------------------------------------------------------------- publishing
 
 KEYS = {"name", "preset", "epochs", "seed", "dataset", "views", "linear", "knn", "linear_last", "knn_last",
-        "effective_rank", "dim", "random", "raw", "fine_tune", "scratch", "supervised", "encoder", "weights",
-        "pictures_seen", "train_seconds", "device", "versions", "commit", "command", "files"}
+        "effective_rank", "dim", "random", "raw", "fine_tune", "scratch", "fine_tune_epochs", "scratch_epochs",
+        "supervised", "encoder", "weights", "pictures_seen", "train_seconds", "device", "versions", "commit", "command",
+        "files"}
 
 
 def published(*words):
     return CliRunner().invoke(publish.main, [str(word) for word in words])
 
 
-def whole(run):
+def whole(run, **more):
     """The report as a whole one: what was scored is not what publishing is about."""
-    report = report_of(run)
-    report["dataset"]["subset"] = None
+    report = report_of(run) | more
+    report["dataset"]["subset"], report["name"] = None, "report"
     (run.evaluation / "report.json").write_text(json.dumps(report))
+    summary.write(run, report)
     return report
 
 
 def test_a_published_run_is_entered_in_the_results(run, tmp_path):
-    report, out = whole(run), tmp_path / "docs"
+    tuned = {"accuracy": 0.9, "interval": [0.8, 0.95], "epochs": 7, "epoch": 5, "held_out": 1, "trained_on": 2}
+    report, out = whole(run, fine_tune=tuned), tmp_path / "docs"
     with run.metrics_file.open("a") as file:
         file.write('{"kind": "train", "st')  # a crash cut it
     for _ in range(2):  # a second time replaces the entry
@@ -484,16 +774,56 @@ def test_a_published_run_is_entered_in_the_results(run, tmp_path):
     assert (entry["knn_last"], entry["linear_last"]) == (
         trained["last"]["knn"]["accuracy"], trained["last"]["linear"]["accuracy"])
     assert entry["raw"]["knn"] == report["rows"]["raw"]["last"]["knn"]["accuracy"]
-    assert (entry["fine_tune"], entry["scratch"], entry["commit"]) == (None, None, "abc")
+    assert (entry["fine_tune"], entry["fine_tune_epochs"], entry["commit"]) == (0.9, 7, "abc")
+    assert (entry["scratch"], entry["scratch_epochs"], entry["supervised"]) == (None, None, None)
     assert entry["weights"] == "tiny/weights"
     assert {"tiny/config.yaml", "tiny/evaluation/report.json", "tiny/evaluation/report.md", "tiny/training_curves.png",
             "tiny/evaluation/report-knn.png", "tiny/metrics.jsonl"} <= set(entry["files"])
     assert all((out / file).is_file() for file in entry["files"])
     assert not any("features" in file for file in entry["files"])
     assert all(json.loads(line) for line in (out / "tiny" / "metrics.jsonl").read_text().splitlines())
-    own, public = (evaluate(r, KNN, Target(subset=400), quiet)["rows"]["trained"]["levels"]["knn"]["accuracy"]
-                   for r in (run, Run(out / "tiny")))
-    assert abs(own - public) < 0.03  # bf16
+
+
+def test_a_published_folder_is_scored_elsewhere_and_stays_as_it_is(run, tmp_path, cli):
+    own, out = whole(run), tmp_path / "docs" / "tiny"
+    assert published(run.folder, "--weights", "--out", out.parent).exit_code == 0
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    (out / "evaluation" / "report.json").rename(tmp_path / "kept.json")
+    public = evaluate(Run(out), KNN, Target(subset=400), quiet)
+    assert "checkpoint" not in public  # nothing to know it by
+    (tmp_path / "kept.json").rename(out / "evaluation" / "report.json")
+    result = cli("eval", out, "--knn", "--subset", 400)
+    assert result.exit_code == 0, result.output
+    assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
+    folder = tmp_path / "results" / "tiny-published" / "evaluation"
+    assert "tiny-published/evaluation/report-subset400.md" in "".join(result.stdout.split())
+    assert {f.name for f in folder.iterdir()} == {
+        "features", *(f"report-subset400{end}" for end in (".json", ".md", "-knn.png", "-levels.png"))}
+    public = json.loads((folder / "report-subset400.json").read_text())
+    assert {key: public[key] for key in module.CARRIED} == {key: own[key] for key in module.CARRIED}
+    knn = [r["rows"]["trained"]["levels"]["knn"]["accuracy"] for r in (own, public)]
+    assert abs(knn[0] - knn[1]) < 0.03  # bf16
+    result = cli("eval", out, "--all", "--subset", 100, "--checkpoint", "best")
+    assert "published without checkpoints; leave out --checkpoint" in mistake(result)
+    for run_, place in ((out, tmp_path / "again"), (out, out.parent)):
+        assert "published already" in mistake(published(run_, "--out", place))
+    shutil.rmtree(out / "weights")
+    assert "published already" in mistake(published(out, "--out", out.parent))
+
+
+def test_a_published_shard_is_checked(run, tmp_path, cli):
+    out = tmp_path / "docs" / "tiny"
+    whole(run)
+    assert published(run.folder, "--weights", "--out", out.parent).exit_code == 0
+    shard = next((out / "weights").glob("*.safetensors"))
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # one bit of a weight
+    assert "target-01-of-01.safetensors: damaged. Fetch the published folder again" in mistake(cli("eval", out))
+    shard.unlink()
+    (out / "weights" / "other.safetensors").write_bytes(content)
+    assert "target-01-of-01.safetensors: missing" in mistake(cli("eval", out))
+    (out / "weights" / "digests.json").write_text("[]")
+    assert "digests.json: damaged" in mistake(cli("eval", out))
 
 
 @pytest.mark.parametrize("spoil", [
@@ -526,20 +856,22 @@ def test_the_device_is_in_the_report(trained):
     assert report_of(trained[0])["device"]["name"] == backend.device()["name"]
 
 
-def test_a_second_call_adds_to_the_report_and_one_about_other_weights_moves_it_aside(tmp_path):
-    file = tmp_path / "report.json"
-    data = {"name": "digits", "subset": None}
+def test_two_evaluations_side_by_side_keep_each_others_results(run):
+    evaluate(run, Protocols(linear=False))
+    file = run.evaluation / "report.json"
+    other = json.loads(file.read_text())
+    other["scratch"] = {"accuracy": 0.5, "interval": [0.4, 0.6], "top5": 1.0, "epoch": 1, "epochs": 1, "seconds": 7.0,
+                        "held_out": 143, "trained_on": 1294}
+    other["protocols"]["scratch"] = other["protocols"]["knn"] | {"seconds": 7.0}
+    other["rows"]["trained"]["last"]["few_shot"] = {"5": 1}
 
-    def made(weights, protocol, **more):
-        return {"weights": weights, "encoder": "target", "dataset": data, "checkpoint": "step-1", "command": protocol,
-                "seconds": 1.0, "protocols": {"knn": protocol == "knn", "linear": protocol == "linear"},
-                "rows": {"trained": {"last": {"dim": 4, protocol: {"accuracy": 0.5}}}}, **more}
+    def say(text):  # the other one writes while this one works
+        if text.startswith("linear"):
+            file.write_text(json.dumps(other))
 
-    file.write_text(json.dumps(made("a", "knn", fine_tune={"accuracy": 0.9})))
-    both = module._with_earlier(made("a", "linear"), file)
-    assert both["rows"]["trained"]["last"].keys() == {"dim", "knn", "linear"}
-    assert both["fine_tune"] == {"accuracy": 0.9}
-    assert both["protocols"] == {"knn": True, "linear": True}
-    alone = module._with_earlier(made("b", "linear"), file)
-    assert "knn" not in alone["rows"]["trained"]["last"]
-    assert json.loads((tmp_path / "report-step-1.json").read_text())["weights"] == "a"
+    evaluate(run, Protocols(knn=False), say=say)
+    found = json.loads(file.read_text())
+    assert found["scratch"]["accuracy"] == 0.5
+    assert found["protocols"].keys() == {"knn", "linear", "scratch"}
+    assert found["seconds"] == pytest.approx(sum(p["seconds"] for p in found["protocols"].values()))
+    assert found["rows"]["trained"]["last"].keys() >= {"knn", "linear", "few_shot"}

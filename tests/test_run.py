@@ -158,7 +158,7 @@ def test_a_damaged_file_is_refused_by_name(run, name):
     assert run.checkpoint() == folder
 
 
-@pytest.mark.parametrize("state", ["", "{", "{}", "[]", '{"digests": {}}'])
+@pytest.mark.parametrize("state", ["", "{", "{}", "[]", '{"digests": {}}', '{"digests": ["target.safetensors"]}'])
 def test_a_damaged_state_is_refused(run, state):
     folder = add_checkpoint(run, 10)
     (folder / "state.json").write_text(state)
@@ -207,6 +207,13 @@ def test_the_weights_of_a_published_run(run):
     for number in (2, 1):
         (run.folder / "weights" / f"target-{number}.safetensors").touch()
     assert [file.name for file in run.published_weights] == ["target-1.safetensors", "target-2.safetensors"]
+
+
+def test_a_published_folder_is_scored_under_results(run):
+    assert run.scored == run.evaluation
+    (run.folder / "weights").mkdir()
+    (run.folder / "weights" / "target-1.safetensors").touch()
+    assert run.scored.as_posix() == "results/tiny-published/evaluation"
 
 
 # ---------------------------------------------------------------- whole files

@@ -3,7 +3,8 @@
 
 Copies the configuration, the environment, the metrics (thinned when large), the report and its pictures, draws the
 training curves, and enters the run in results.json. Refuses a run whose report lacks the raw or the random row.
---weights adds the target encoder as bf16 safetensors in shards of at most 16 MB, which `mlx_hjepa.load` reads.
+--weights adds the target encoder as bf16 safetensors in shards of at most 16 MB, with their digests, which
+`mlx_hjepa.load` reads.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ import click
 
 import mlx_hjepa  # noqa: F401  (it chooses the BLAS before MLX is imported)
 from mlx_hjepa.cli import friendly
-from mlx_hjepa.run import Run, UserError, read_arrays, read_json, write_atomically
+from mlx_hjepa.evaluate.report import read_report
+from mlx_hjepa.run import DIGESTS, Run, UserError, digest, read_arrays, read_json, write_atomically
 
+ROWS = ("raw", "random", "trained")
 SHARD_BYTES = 15_500_000
 THINNED_BYTES = 500_000
 
@@ -31,18 +34,19 @@ THINNED_BYTES = 500_000
 @friendly
 def main(run: str, weights: bool, commit: str | None, out: Path) -> None:
     source = Run.open(run)
+    folder = out / source.name
+    if source.published_weights or source.folder.resolve() == folder.resolve():
+        raise UserError(f"{run}: published already. Give the run itself, a folder under results/")
     file = source.evaluation / "report.json"
     if not file.is_file():
         raise UserError(f"{run}: not evaluated yet; run: mlx-hjepa eval {run} --all")
-    report = read_json(file)
-    missing = {"raw", "random", "trained"} - report["rows"].keys()
-    if missing or not all("linear" in r["last"] and "knn" in r["last"] for r in report["rows"].values()):
+    report = read_report(file)
+    if not all({"linear", "knn"} <= report["rows"].get(name, {}).get("last", {}).keys() for name in ROWS):
         raise UserError(f"{run}: its report is not whole; run: mlx-hjepa eval {run} --knn --linear")
     if report["dataset"]["subset"]:
         raise UserError(f"{run}: it was scored on a subset only; run eval without --subset")
     file = "target.safetensors"
     encoder = source.checkpoint(report["checkpoint"], file) / file if weights else None
-    folder = out / source.name
     folder.mkdir(parents=True, exist_ok=True)
     for file in (source.config_file, source.environment_file):
         shutil.copyfile(file, folder / file.name)
@@ -63,18 +67,19 @@ def record(run: Run, report: dict[str, Any], folder: Path, out: Path, commit: st
     environment, rows = run.environment, report["rows"]
     whole = "levels" if "levels" in rows["trained"] else "last"
     score = {}
-    for name, levels in rows.items():
-        chosen = levels["last" if name == "raw" else whole]
+    for name in ROWS:
+        chosen = rows[name]["last" if name == "raw" else whole]
         score[name] = {"linear": chosen["linear"]["accuracy"], "knn": chosen["knn"]["accuracy"]}
     last = rows["trained"]["last"]
-    tuned = {name: report[name]["accuracy"] if name in report else None for name in ("fine_tune", "scratch")}
+    tuned = {name: report.get(name, {}).get("accuracy") for name in ("fine_tune", "scratch")}
+    epochs = {f"{name}_epochs": report.get(name, {}).get("epochs") for name in tuned}
     shards = sorted((folder / "weights").glob("*.safetensors"))
     return {
         "name": run.name, "preset": run.config.name, "epochs": report["epochs"], "seed": report["seed"],
         "dataset": report["dataset"]["name"], "views": report["views"], **score["trained"],
         "linear_last": last["linear"]["accuracy"], "knn_last": last["knn"]["accuracy"],
         "effective_rank": last["effective_rank"], "dim": last["dim"], "random": score["random"], "raw": score["raw"],
-        **tuned, "supervised": tuned["scratch"],
+        **tuned, **epochs, "supervised": tuned["scratch"],
         "encoder": report["encoder"], "weights": str((folder / "weights").relative_to(out)) if shards else None,
         "pictures_seen": report["pictures_seen"], "train_seconds": report["train_seconds"],
         "device": environment["name"], "versions": environment["versions"],
@@ -119,6 +124,7 @@ def write_shards(file: Path, folder: Path) -> None:
         shards[-1][name] = half
     for i, shard in enumerate(shards, 1):
         mx.save_safetensors(str(folder / f"target-{i:02d}-of-{len(shards):02d}.safetensors"), shard, {"format": "mlx"})
+    write_atomically(folder / DIGESTS, json.dumps({f.name: digest(f) for f in sorted(folder.iterdir())}, indent=1))
 
 
 def curves(run: Run, out: Path) -> None:

@@ -109,7 +109,9 @@ def load(path: str | Path, encoder: Literal["target", "context"] = "target", che
     if run.published_weights:
         if encoder != "target":
             raise UserError(f"{run.folder}: only the target encoder was published")
-        weights = read_weights(run.published_weights)
+        if checkpoint != "latest":
+            raise UserError(f"{run.folder}: published without checkpoints; leave out --checkpoint")
+        weights = read_weights(run.checked_shards())
     else:
         file = weights_file(encoder)
         weights = read_weights([run.checkpoint(checkpoint, file) / file])

@@ -45,15 +45,16 @@ class Recipe(NamedTuple):
 FINE_TUNE, SCRATCH = Recipe(100, 5e-4, 0.75), Recipe(200, 1e-3, 1.0)
 
 
-def fine_tune(encoder: FrozenEncoder, split: Splits, epochs: int | None = None, scratch: bool = False, seed: int = 0,
-              progress: Progress | None = None, batch: int = 256, lr: float | None = None,
+def fine_tune(encoder: FrozenEncoder, split: Splits, flip: bool, epochs: int | None = None, scratch: bool = False,
+              seed: int = 0, progress: Progress | None = None, batch: int = 256, lr: float | None = None,
               layer_decay: float | None = None, precision: Literal["auto", "fp32", "bf16"] = "auto") -> dict[str, Any]:
     """Train the encoder (a copy; `scratch`: its shape alone) with a linear layer on it. Returns plain values for JSON.
 
     accuracy, interval (Wilson's, 95 %) and top5 on the test set, 0 .. 1; epoch, the chosen one, counted from 1;
     validation and loss by epoch; trained_on and held_out, counts of pictures; seconds; settings.
-    epochs: by default 100, or 200 from scratch. batch: at most a 32nd of the pictures, so that a small data set still
-    gets enough steps. Raises UserError: labels out of range, no validation pictures, a loss that is not finite.
+    flip: mirror images too. epochs: by default 100, or 200 from scratch. batch: at most a 32nd of the pictures, so that
+    a small data set still gets enough steps. Raises UserError: labels out of range, no validation pictures, a loss that
+    is not finite.
     """
     began, recipe, classes = time.monotonic(), SCRATCH if scratch else FINE_TUNE, len(split.classes)
     rows, held = _rows(split)
@@ -62,7 +63,7 @@ def fine_tune(encoder: FrozenEncoder, split: Splits, epochs: int | None = None, 
         "epochs": epochs, "batch": batch, "lr": recipe.lr if lr is None else lr, "warmup_epochs": epochs / 20,
         "weight_decay": 0.05, "betas": (0.9, 0.999), "precision": backend.precision(precision)})
     tuning = Tuning(encoder, classes, Schedule(training, len(rows) // batch),
-                    recipe.layer_decay if layer_decay is None else layer_decay, scratch, seed)
+                    recipe.layer_decay if layer_decay is None else layer_decay, scratch, seed, flip)
     name, threads = "from scratch" if scratch else "fine-tuning", encoder.config.data.threads
     best, chosen, best_epoch, validation, losses = -1.0, tuning.parameters, 0, [], []
     for epoch in range(epochs):
@@ -124,12 +125,12 @@ class Tuning:
     """
 
     def __init__(self, encoder: FrozenEncoder, classes: int, schedule: Schedule, layer_decay: float, scratch: bool,
-                 seed: int):
+                 seed: int, flip: bool):
         self.config, self.schedule, self.layer_decay = encoder.config, schedule, layer_decay
         self.scratch, self.seed = scratch, seed
         model = encoder.config.model.model_copy(update={"drop_path": DROP_PATH})
         self.encoder = Encoder(encoder.config.model_copy(update={"model": model}))
-        self.augment = AUGMENT.model_copy(update={"flip": encoder.config.augment.flip})
+        self.augment = AUGMENT.model_copy(update={"flip": flip})
         keys = mx.random.split(key_of(seed, INIT_STEP), 2)
         weights = self.encoder.init(keys[0]) if scratch else encoder.weights
         weights = {**weights, **linear_weights(keys[1], encoder.dim, classes, "head")}

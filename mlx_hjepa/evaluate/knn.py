@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_hjepa.evaluate import check_features, check_labels
+from mlx_hjepa.evaluate.subject import Progress
 from mlx_hjepa.metrics import probe_metrics
 from mlx_hjepa.run import UserError
 
@@ -38,7 +39,7 @@ class KnnResult:
 
 def knn_accuracy(bank: np.ndarray, bank_labels: np.ndarray, queries: np.ndarray, query_labels: np.ndarray,
                  classes: int, ks: tuple[int, ...] = KS, temperatures: tuple[float, ...] = (0.07,),
-                 headline: tuple[int, float] = HEADLINE) -> KnnResult:
+                 headline: tuple[int, float] = HEADLINE, progress: Progress | None = None) -> KnnResult:
     """Classify queries (Q, D) by their neighbours in the bank (N, D): every k and T, and the headline, in one pass.
 
     Raises UserError for labels out of range, a class without a bank picture, a k larger than the bank, features that
@@ -46,7 +47,7 @@ def knn_accuracy(bank: np.ndarray, bank_labels: np.ndarray, queries: np.ndarray,
     """
     pairs = sorted({*((k, t) for k in ks for t in temperatures), headline})
     _check(bank, bank_labels, queries, query_labels, classes, pairs)
-    cosines, indices = nearest(bank, queries, max(k for k, _ in pairs))
+    cosines, indices = nearest(bank, queries, max(k for k, _ in pairs), progress=progress)
     labels = np.asarray(bank_labels)[indices]
     truth = np.asarray(query_labels).astype(np.int64)
     accuracy, best = {}, {}
@@ -65,8 +66,8 @@ def votes(cosines: np.ndarray, labels: np.ndarray, classes: int, temperature: fl
     return np.bincount(cells.ravel(), weights.ravel(), len(labels) * classes).reshape(-1, classes)
 
 
-def nearest(bank: np.ndarray, queries: np.ndarray, k: int, query_block: int = 1024,
-            bank_block: int = 16384) -> tuple[np.ndarray, np.ndarray]:
+def nearest(bank: np.ndarray, queries: np.ndarray, k: int, query_block: int = 1024, bank_block: int = 16384,
+            progress: Progress | None = None) -> tuple[np.ndarray, np.ndarray]:
     """The k bank rows of highest cosine for each query, nearest first: cosines (Q, k) float64 and rows (Q, k) int64."""
     starts = range(0, len(queries), query_block)
     left = [_operand(queries[s:s + query_block], query=True) for s in starts]
@@ -76,6 +77,9 @@ def nearest(bank: np.ndarray, queries: np.ndarray, k: int, query_block: int = 10
         for i, block in enumerate(left):
             found[i] = _merge(found[i], block @ right, start, k)
             mx.async_eval(*found[i])  # or the graph would hold every block of scores
+        mx.eval(found)
+        if progress:
+            progress("k-NN", min(start + bank_block, len(bank)), len(bank))
     cosines = np.concatenate([np.array(c) for c, _ in found]).astype(np.float64)
     rows = np.concatenate([np.array(r) for _, r in found]).astype(np.int64)
     order = np.argsort(-cosines, axis=1, kind="stable")

@@ -19,6 +19,7 @@ import numpy as np
 
 from mlx_hjepa.data.dataset import Pictures
 from mlx_hjepa.evaluate import Features
+from mlx_hjepa.evaluate.subject import Progress
 from mlx_hjepa.metrics import probe_metrics
 from mlx_hjepa.run import UserError
 
@@ -41,7 +42,8 @@ class ProbeResult:
 
 
 def probe(train: Features, test: Features, validation_indices: np.ndarray, classes: int, seed: int = 0,
-          epochs: int = 60, batch: int = 1000, lrs: tuple[float, ...] = LRS) -> ProbeResult:
+          epochs: int = 60, batch: int = 1000, lrs: tuple[float, ...] = LRS,
+          progress: Progress | None = None) -> ProbeResult:
     """Run the whole protocol. `validation_indices` are rows of `train`; `batch` counts pictures.
 
     A batch is at most a 32nd of the pictures, so that a small data set still gets enough steps. Raises UserError
@@ -55,11 +57,12 @@ def probe(train: Features, test: Features, validation_indices: np.ndarray, class
                         f"test features {test.plain.shape[1]}")
     held_out = np.zeros(len(train.plain), bool)
     held_out[_checked(validation_indices, len(train.plain))] = True
-    scores = _fit_and_score(_rows(train, ~held_out), train.plain[held_out], classes, seed, epochs, batch, lrs)
+    scores = _fit_and_score(_rows(train, ~held_out), train.plain[held_out], classes, seed, epochs, batch, lrs,
+                            progress)
     hits = scores.argmax(axis=2) == train.labels[held_out][:, None]
     validation = {lr: float(a) for lr, a in zip(lrs, hits.mean(axis=0), strict=True)}
     lr = max(lrs, key=lambda rate: validation[rate])
-    scores = _fit_and_score(train, test.plain, classes, seed, epochs, batch, (lr,))
+    scores = _fit_and_score(train, test.plain, classes, seed, epochs, batch, (lr,), progress)
     found = probe_metrics(scores[:, 0], test.labels.astype(np.int64))
     return ProbeResult(found.pop("top1"), lr=lr, validation_accuracy=validation, **found)
 
@@ -79,7 +82,7 @@ def _rows(features: Features, chosen: np.ndarray) -> Features:
 
 
 def _fit_and_score(train: Features, test: np.ndarray, classes: int, seed: int, epochs: int, batch: int,
-                   lrs: tuple[float, ...]) -> np.ndarray:
+                   lrs: tuple[float, ...], progress: Progress | None) -> np.ndarray:
     """Scores (Q, len(lrs), C) of the test rows (Q, D), by one layer for each learning rate."""
     views = [train.plain] if train.mirror is None else [train.plain, train.mirror]
     mean, scale = _statistics(views)
@@ -87,7 +90,8 @@ def _fit_and_score(train: Features, test: np.ndarray, classes: int, seed: int, e
     for i, view in enumerate(views):
         np.subtract(view, mean, out=data[:, i])
         data[:, i] *= scale
-    weight, bias = _fit(mx.array(data), mx.array(train.labels.astype(np.int32)), classes, seed, epochs, batch, lrs)
+    weight, bias = _fit(mx.array(data), mx.array(train.labels.astype(np.int32)), classes, seed, epochs, batch, lrs,
+                        progress)
     scores = [np.array(mx.array((test[s:s + 8192] - mean) * scale) @ weight.T + bias)
               for s in range(0, len(test), 8192)]
     return np.concatenate(scores).reshape(len(test), len(lrs), classes)
@@ -110,7 +114,7 @@ def _statistics(views: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _fit(data: mx.array, labels: mx.array, classes: int, seed: int, epochs: int, batch: int,
-         lrs: tuple[float, ...]) -> tuple[mx.array, mx.array]:
+         lrs: tuple[float, ...], progress: Progress | None = None) -> tuple[mx.array, mx.array]:
     """Train from zero weights; weight (L*C, D) and bias (L*C,), the rows of one learning rate one after another.
 
     data (n, views, D), labels (n,). The problem is convex: zero is as good a start as any, and the seed only orders.
@@ -130,6 +134,8 @@ def _fit(data: mx.array, labels: mx.array, classes: int, seed: int, epochs: int,
         rates = mx.array([cosine, 1 / (1 - BETA1 ** (step + 1)), 1 / (1 - BETA2 ** (step + 1))])
         state = update(state, data, labels, mx.array(order[part]), rates)
         mx.async_eval(state)
+        if progress:
+            progress("linear probe", step + 1, steps * epochs)
     mx.eval(state)
     return state[0], state[1]
 
@@ -159,7 +165,7 @@ def _make_step(lrs: tuple[float, ...], classes: int) -> Callable:
 
 def augmented_probe(features: Callable[[mx.array, mx.array], mx.array], train: Features, pictures: Pictures,
                     rows: np.ndarray, test: Features, classes: int, lr: float, seed: int = 0, epochs: int = 60,
-                    batch: int = 1000) -> dict[str, Any]:
+                    batch: int = 1000, progress: Progress | None = None) -> dict[str, Any]:
     """The paper-style flavour: a fresh crop and mirror image of every picture in every epoch, features computed anew.
 
     features(images uint8, key) -> (B, D) gives those of augmented pictures; train and test are the plain cached ones,
@@ -184,6 +190,8 @@ def augmented_probe(features: Callable[[mx.array, mx.array], mx.array], train: F
         rates = mx.array([cosine, 1 / (1 - BETA1 ** (step + 1)), 1 / (1 - BETA2 ** (step + 1))])
         state = update(state, data, mx.array(train.labels[chosen].astype(np.int32)), every, rates)
         mx.eval(state)
+        if progress:
+            progress("augmented probe", step + 1, steps * epochs)
     scores = np.array(mx.array((test.plain - mean) * scale) @ state[0].T + state[1])
     result = probe_metrics(scores, test.labels.astype(np.int64))
     return {"accuracy": result["top1"], "interval": result["interval"], "top5": result["top5"], "lr": lr,

@@ -48,7 +48,7 @@ def quality(subject: Subject, untrained: dict[str, Any] | None = None, pictures:
             raise UserError(f"feature quality: {len(features.plain)} test pictures; it needs at least 3")
         by_level[str(level)] = statistics(features.plain)
         if level != "levels":
-            by_level[str(level)] |= _verdict(by_level[str(level)], known.get(str(level)))
+            by_level[str(level)] |= _verdict(by_level[str(level)], len(features.plain), known.get(str(level)))
     last = by_level["last"]
     return {"pictures": len(subject.split.test_rows), "verdict": last["verdict"], "reason": last["reason"],
             "by_level": by_level, "cka": _similarity(subject), "views": _views(subject, pictures, views, seed)}
@@ -70,9 +70,10 @@ def statistics(features: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _verdict(found: dict[str, Any], untrained: dict[str, Any] | None) -> dict[str, str]:
+def _verdict(found: dict[str, Any], pictures: int, untrained: dict[str, Any] | None) -> dict[str, str]:
     random = (untrained["effective_rank"], untrained["normalised_std"]) if untrained else None
-    verdict, reason = metrics.verdict(found["effective_rank"], found["normalised_std"], found["dim"], random)
+    full = min(found["dim"], pictures - 1)
+    verdict, reason = metrics.verdict(found["effective_rank"], found["normalised_std"], full, random)
     return {"verdict": verdict, "reason": reason}
 
 

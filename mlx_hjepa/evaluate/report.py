@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import os
 import shlex
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,27 +18,30 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_hjepa import backend, metrics
-from mlx_hjepa.config import Augment, Data
+from mlx_hjepa.config import Augment, Config, Data
 from mlx_hjepa.data.augment import augment, normalise
 from mlx_hjepa.data.dataset import Dataset, load_dataset
-from mlx_hjepa.evaluate import Features, check_features
-from mlx_hjepa.evaluate.features import FrozenEncoder, load, random_encoder, weights_file
+from mlx_hjepa.evaluate import check_features
+from mlx_hjepa.evaluate.features import load, random_encoder, weights_file
 from mlx_hjepa.evaluate.few_shot import episodes, few_labels
 from mlx_hjepa.evaluate.fine_tune import fine_tune
 from mlx_hjepa.evaluate.knn import HEADLINE, KS, knn_accuracy
 from mlx_hjepa.evaluate.linear import augmented_probe, probe
 from mlx_hjepa.evaluate.quality import quality
 from mlx_hjepa.evaluate.subject import Progress, Splits, Subject, splits
+from mlx_hjepa.evaluate.summary import Report, markdown
 from mlx_hjepa.model.vit import patchify, pooled_features
 from mlx_hjepa.run import Run, UserError, digest, read_json, write_atomically
 
 Say = Callable[[str], None]
+CARRIED = ("checkpoint", "step", "train_seconds", "pictures_seen")  # a published report knows them, its weights do not
 TEMPERATURES = (0.03, 0.07, 0.1, 0.2)  # 0.07 is DINO's; lightly's table takes k 200, T 0.1
 
 
 @dataclass(frozen=True)
 class Protocols:
-    """Which of them to run. fine_tune_epochs: (fine-tuning, from scratch), None for 100 and 200."""
+    """Which of them to run. context: k-NN and linear probe of the context encoder too, beside the target encoder.
+    fine_tune_epochs: (fine-tuning, from scratch), None for 100 and 200; 0 leaves one of the two out."""
 
     knn: bool = True
     linear: bool = True
@@ -44,13 +49,14 @@ class Protocols:
     quality: bool = False
     fine_tune: bool = False
     augmented: bool = False
+    context: bool = False
     fine_tune_epochs: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
 class Target:
-    """What of a run is scored, and on which pictures; data: other pictures than it was trained on (transfer);
-    validation: the held-out training pictures instead of the test set, to choose by."""
+    """What of a run is scored, and on which pictures; data: other pictures than the configuration names, or another
+    place of them; validation: the held-out training pictures instead of the test set, to choose by."""
 
     encoder: Literal["target", "context"] = "target"
     checkpoint: str = "latest"
@@ -60,130 +66,222 @@ class Target:
 
 
 def evaluate(run: Run, protocols: Protocols | None = None, what: Target | None = None, say: Say = print,
-             progress: Progress | None = None) -> dict[str, Any]:
-    """Score a run and write evaluation/report.json (report-<dataset>.json for other pictures than the run's own).
+             progress: Progress | None = None) -> Report:
+    """Score a run and write its report under `run.scored`, after each protocol anew: an interruption costs only one.
+    `summary.write` adds the pictures.
 
-    Returns the report. Raises UserError.
+    The file's name says what was scored (see `_name`). What an earlier call found for the same weights and pictures is
+    kept; `protocols` has each one's seconds (loading and features count for the first that needs them), commit, device
+    and command, the top level those of the last call; `seconds` is their sum. Returns the report. Raises UserError.
     """
     protocols, what = protocols or Protocols(), what or Target()
-    began, config = time.monotonic(), run.config
+    began = time.monotonic()
     trained = load(run.folder, what.encoder, what.checkpoint, last_four=True)
-    dataset = load_dataset(what.data or config.data, say=say)
-    if what.data is None and dataset.fingerprint != run.environment["dataset"]["fingerprint"]:
-        say("note: the pictures are not those the run was trained on (another fingerprint)")
-    split = splits(dataset, config.data.split_seed, what.subset, what.validation)
-    split.check()
-    if split.note:
-        say(split.note)
-    about = _about(run, what)
-    cache = run.evaluation / "features"
+    checkpoint = None if run.published_weights else run.checkpoint(what.checkpoint, weights_file(what.encoder))
+    report = _about(run, what, checkpoint)
+    dataset, split, facts = _pictures(run, what, say)
+    report |= {"dataset": facts, "classes": split.classes}
+    report["name"] = _name(run, report, checkpoint)
+    file = run.scored / f"{report['name']}.json"
+    if file.exists() and _alike(earlier := read_report(file), report):
+        report = earlier | report
+    report = Report(protocols={}, rows={}, seconds=0.0) | report
+    encoders = {"random": random_encoder(run), "trained": trained}
+    if what.encoder == "target" and checkpoint and (checkpoint / weights_file("context")).exists() and (
+            protocols.context or "context" in report["rows"]):
+        encoders["context"] = load(run.folder, "context", what.checkpoint)
     subjects = [Subject("raw", split, None, progress=progress)]
-    for name, encoder in (("random", random_encoder(run)), ("trained", trained)):
-        subjects.append(Subject(name, split, encoder, cache, f"{encoder.digest} {dataset.fingerprint}", progress))
-    flip = config.augment.flip if what.data is None else what.data.dataset != "digits"
-    rows: dict[str, Any] = {}
-    for subject in subjects:
-        say(f"scoring {subject.name} ...")
-        rows[subject.name] = _score(subject, protocols, flip)
-    report = {**about, "protocols": asdict(protocols), "dataset": _data(dataset, split, what), "classes": split.classes,
-              "rows": rows, **_quality(subjects, protocols, say),
-              **_with_labels(trained, split, protocols, say, progress)}
-    report["seconds"] = round(time.monotonic() - began, 1)
-    run.evaluation.mkdir(exist_ok=True)
-    report = _with_earlier(report, run.evaluation / f"{report_name(report)}.json")
-    write_atomically(run.evaluation / f"{report_name(report)}.json", json.dumps(report, indent=1))
+    for name, encoder in encoders.items():
+        key = f"{encoder.digest} {dataset.fingerprint}"
+        subjects.append(Subject(name, split, encoder, run.scored / "features", key, progress))
+    flip = run.config.augment.flip and dataset.name != "digits"  # a mirrored digit is another one
+    for name in _run(report, subjects, protocols, flip, say):
+        now = time.monotonic()
+        report["protocols"][name] = {"seconds": round(now - began, 1), "commit": report["commit"],
+                                     "device": report["device"]["name"], "command": report["command"]}
+        began = now
+        _write(file, report)
+        write_atomically(file.with_suffix(".md"), markdown(run, report))
     return report
 
 
-def _with_earlier(report: dict[str, Any], file: Path) -> dict[str, Any]:
-    """Scores of the same weights on the same pictures that another call made are kept; a report about others is moved
-    aside under the name of its checkpoint."""
-    if not file.exists():
-        return report
-    old = read_json(file)
-    if any(old.get(k) != report[k] for k in ("weights", "encoder")) or old["dataset"] != report["dataset"]:
-        aside = "-".join(filter(None, [file.stem, old.get("checkpoint", "published"),
-                                       f"subset{old['dataset']['subset']}" if old["dataset"]["subset"] else ""]))
-        os.replace(file, file.with_name(f"{aside}.json"))
-        return report
-    rows = {name: {level: old["rows"][name].get(level, {}) | scores for level, scores in levels.items()}
-            for name, levels in report["rows"].items()}
-    used = {k: v or report["protocols"][k] for k, v in old["protocols"].items()}
-    commands = old["command"] if report["command"] in old["command"] else f"{old['command']}; {report['command']}"
-    return old | report | {"rows": rows, "protocols": used, "command": commands,
-                           "seconds": round(old["seconds"] + report["seconds"], 1)}
+def _name(run: Run, report: Report, checkpoint: Path | None) -> str:
+    """The file's: report, and what differs from the target encoder of the newest checkpoint on the run's own test set:
+    the data (a folder's fingerprint too), context, validation, the subset, the checkpoint."""
+    data, latest = report["dataset"], run.checkpoints / "latest"
+    newest = checkpoint is None or (latest.is_file() and latest.read_text().strip() == checkpoint.name)
+    parts = ["report", data["name"] if data["transfer"] else None,
+             data["fingerprint"][:8] if data["transfer"] and data["name"] == "folder" else None,
+             "context" if report["encoder"] == "context" else None, "validation" if data["validation"] else None,
+             f"subset{data['subset']}" if data["subset"] else None, None if newest else report["checkpoint"]]
+    return "-".join(part for part in parts if part)
 
 
-def report_name(report: dict[str, Any]) -> str:
-    """report, with the data set's name for a transfer and the encoder's for the context encoder."""
-    data = report["dataset"]
-    return "-".join(["report", *([data["name"]] if data["transfer"] else []),
-                     *(["context"] if report["encoder"] == "context" else []),
-                     *(["validation"] if data["validation"] else [])])
+def read_report(file: Path) -> Report:
+    """A report, of this code or an older one. Raises UserError for anything else."""
+    report = read_json(file)
+    if not isinstance(report, dict) or not all(isinstance(report.get(key), dict) for key in ("rows", "dataset")):
+        raise UserError(f"{file}: not a report of mlx-hjepa. Move it away")
+    return report
 
 
-def _about(run: Run, what: Target) -> dict[str, Any]:
+def _alike(earlier: Report, report: Report) -> bool:
+    """Whether both are of the same weights and pictures, and the earlier one says of each protocol how it ran."""
+    ran = earlier.get("protocols")
+    known = isinstance(ran, dict) and all(isinstance(how, dict) for how in ran.values())
+    same = all(earlier["dataset"].get(k) == report["dataset"][k] for k in ("fingerprint", "train", "test"))
+    return known and same and earlier.get("weights") == report["weights"]
+
+
+def _write(file: Path, report: Report) -> None:
+    """Write the report, with what another `eval` of the same weights has put there meanwhile; a report of other weights
+    that has its name is first moved aside, to a name that is free."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    earlier = read_report(file) if file.exists() else None
+    if earlier and _alike(earlier, report):
+        for name, levels in earlier["rows"].items():
+            for level, scores in levels.items():
+                own = report["rows"].setdefault(name, {})
+                own[level] = scores | own.get(level, {})
+        report["protocols"] = earlier["protocols"] | report["protocols"]
+        report.update({key: value for key, value in earlier.items() if key not in report})
+    elif earlier:
+        aside = f"{file.stem}-{earlier.get('checkpoint', 'published')}"
+        names = itertools.chain([aside], (f"{aside}-{i}" for i in itertools.count(2)))
+        os.replace(file, next(p for p in (file.with_name(f"{n}.json") for n in names) if not p.exists()))
+    report["seconds"] = round(sum(p["seconds"] for p in report["protocols"].values()), 1)
+    write_atomically(file, json.dumps(report, indent=1))
+
+
+def _about(run: Run, what: Target, checkpoint: Path | None) -> Report:
     """Where the scores come from: everything needed to get them again."""
     config, environment = run.config, backend.environment()
-    about = {"run": run.name, "preset": config.name, "encoder": what.encoder, "seed": config.seed,
-             "epochs": config.training.epochs, "views": "masked-only", "device": backend.device(),
+    about = {"run": run.name, "preset": config.name, "recipe": _recipe(config), "encoder": what.encoder,
+             "seed": config.seed, "epochs": config.training.epochs, "views": "masked-only", "device": backend.device(),
              "versions": environment["versions"], "commit": environment["commit"],
              "command": shlex.join(["mlx-hjepa", *sys.argv[1:]])}
-    if run.published_weights:
-        return about | {"weights": " ".join(map(digest, run.published_weights))}
-    file = weights_file(what.encoder)
-    folder = run.checkpoint(what.checkpoint, file)
-    state = read_json(folder / "state.json")
+    if checkpoint is None:
+        file = run.evaluation / "report.json"
+        known = read_report(file) if file.exists() else {}
+        return about | {"weights": " ".join(map(digest, run.published_weights))} | {
+            key: known[key] for key in CARRIED if key in known}
+    state = read_json(checkpoint / "state.json")
     try:
-        return about | {"checkpoint": folder.name, "step": state["step"], "train_seconds": round(state["seconds"], 1),
-                        "pictures_seen": state["step"] * config.training.batch, "weights": state["digests"][file]}
+        return about | {"checkpoint": checkpoint.name, "step": state["step"],
+                        "train_seconds": round(state["seconds"], 1),
+                        "pictures_seen": state["step"] * config.training.batch,
+                        "weights": state["digests"][weights_file(what.encoder)]}
     except KeyError as key:
-        raise UserError(f"{folder / 'state.json'}: without {key}, so written by other code") from None
+        raise UserError(f"{checkpoint / 'state.json'}: without {key}, so written by other code") from None
 
 
-def _data(dataset: Dataset, split: Splits, what: Target) -> dict[str, Any]:
-    return {"name": dataset.name, "note": dataset.note, "fingerprint": dataset.fingerprint,
-            "train": len(split.train_rows), "test": len(split.test_rows), "subset": what.subset,
-            "test_split": split.note or "test", "transfer": what.data is not None,
-            "validation": what.validation}
+def _recipe(config: Config) -> str:
+    """A digest of what two runs must share to differ in their seed alone."""
+    values = config.model_dump(mode="json", exclude={"name": True, "seed": True, "logging": True, "checkpoints": True,
+                                                     "data": {"root"}})
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def _score(subject: Subject, protocols: Protocols, mirror: bool) -> dict[str, Any]:
-    """The protocols on each level of a subject; the untrained encoder's single depths are of no interest."""
-    levels = subject.levels[:2]
-    if subject.name == "trained":
-        levels = [*subject.levels, "last4"] if len(subject.depths) > 1 else ["last", "last4"]
-    return {str(level): _score_level(subject, level, protocols, mirror) for level in levels}
+def _pictures(run: Run, what: Target, say: Say) -> tuple[Dataset, Splits, dict[str, Any]]:
+    """The data set, what of it is scored, and the facts about both for the report. Raises UserError."""
+    dataset = load_dataset(what.data or run.config.data, say=say)
+    trained_on = run.environment["dataset"].get("fingerprint")  # `load` has found mean and std beside it
+    if not trained_on:
+        raise UserError(f"{run.environment_file}: without the data's fingerprint, so written by other code")
+    transfer = dataset.fingerprint != trained_on
+    if transfer:
+        say("note: the pictures are not those the run was trained on (another fingerprint)")
+    split = splits(dataset, run.config.data.split_seed, what.subset, what.validation)
+    split.check()
+    if split.note:
+        say(split.note)
+    return dataset, split, {
+        "name": dataset.name, "note": dataset.note, "fingerprint": dataset.fingerprint, "train": len(split.train_rows),
+        "test": len(split.test_rows), "subset": what.subset, "test_split": split.note or "test", "transfer": transfer,
+        "validation": what.validation, "leaked": split.leaked}
 
 
-def _score_level(subject: Subject, level: str | int, protocols: Protocols, mirror: bool) -> dict[str, Any]:
-    split = subject.split
-    test, classes = subject.features("test", level), len(split.classes)
-    check_features(test.plain, f"{subject.name} features, {level}")
-    scores: dict[str, Any] = {"dim": test.plain.shape[1], "effective_rank": metrics.effective_rank(test.plain)}
+def _run(report: Report, subjects: list[Subject], protocols: Protocols, flip: bool, say: Say) -> Iterator[str]:
+    """Run what was asked for into the report, the quickest first; yields the name of each protocol when it is done."""
+    every = [(subject, level) for subject in subjects for level in _levels(subject)]
+    trained, whole = subjects[2], ("last", "levels")
+    say("features ...")
+    for subject, level in every:
+        test = subject.features("test", level).plain
+        check_features(test, f"{subject.name} features, {level}")
+        _scores(report, subject, level).update(dim=test.shape[1], effective_rank=metrics.effective_rank(test))
     if protocols.knn:
-        scores["knn"] = _knn(subject.features("train", level), test, classes)
+        say("k-NN ...")
+        for subject, level in every:
+            _scores(report, subject, level)["knn"] = _knn(subject, level)
+        yield "knn"
     if protocols.linear:
-        train = subject.features("train", level, mirror)
-        result = probe(train, test, split.validation, classes)
-        scores["linear"] = {
-            "accuracy": result.accuracy, "interval": result.interval, "top5": result.top5, "lr": result.lr,
-            "validation": {f"{lr:g}": a for lr, a in result.validation_accuracy.items()},
-            "per_class": _plain(result.per_class), "confusion": result.confusion.tolist()}
-        if protocols.augmented and subject.encoder and level in ("last", "levels"):
-            scores["linear_augmented"] = _augmented(subject, subject.encoder, level, result.lr, mirror)
-    if protocols.few_shot and level in ("last", "levels"):
-        scores["few_shot"] = _few_shot(subject.features("train", level), test, classes)
-    return scores
+        say("linear probe ...")
+        for subject, level in every:
+            _scores(report, subject, level)["linear"] = _linear(subject, level, flip)
+        yield "linear"
+    if protocols.few_shot:
+        say("few-shot ...")
+        for subject, level in every:
+            if subject.name != "context" and level in whole:
+                _scores(report, subject, level)["few_shot"] = _few_shot(subject, level)
+        yield "few_shot"
+    if protocols.quality:
+        say("feature quality ...")
+        report |= _quality(subjects)
+        yield "quality"
+    if protocols.augmented:
+        say("linear probe on fresh crops ...")
+        for level in _levels(trained):
+            if level in whole:
+                scores = _scores(report, trained, level)
+                scores["linear_augmented"] = _augmented(trained, level, scores["linear"]["lr"], flip)
+        yield "augmented"
+    epochs = protocols.fine_tune_epochs or (None, None)
+    for name, count, said in zip(("fine_tune", "scratch"), epochs, ("fine-tuning", "the same network from scratch"),
+                                 strict=True):
+        if protocols.fine_tune and count != 0 and trained.encoder:
+            say(f"{said} ...")
+            report[name] = fine_tune(trained.encoder, trained.split, flip, count, name == "scratch", report["seed"],
+                                     trained.progress)
+            yield name
 
 
-def _knn(train: Features, test: Features, classes: int) -> dict[str, Any]:
+def _levels(subject: Subject) -> list[str | int]:
+    """What is scored of a subject: of the untrained and the context encoder no single depth."""
+    if subject.name != "trained":
+        return subject.levels[:2]
+    return [*subject.levels, "last4"] if len(subject.depths) > 1 else ["last", "last4"]
+
+
+def _scores(report: Report, subject: Subject, level: str | int) -> dict[str, Any]:
+    return report["rows"].setdefault(subject.name, {}).setdefault(str(level), {})
+
+
+def _told(subject: Subject, level: str | int) -> Progress | None:
+    """The subject's progress, which names the level too."""
+    told = subject.progress
+    return told and (lambda what, done, of: told(f"{what}: {subject.name}, {level}", done, of))
+
+
+def _knn(subject: Subject, level: str | int) -> dict[str, Any]:
+    train, test = subject.features("train", level), subject.features("test", level)
     ks = tuple(k for k in KS if k <= len(train.plain))
-    result = knn_accuracy(train.plain, train.labels, test.plain, test.labels, classes, ks, TEMPERATURES)
+    result = knn_accuracy(train.plain, train.labels, test.plain, test.labels, len(subject.split.classes), ks,
+                          TEMPERATURES, progress=_told(subject, level))
     return {"accuracy": result.top1, "interval": result.interval, "top5": result.top5, "k": HEADLINE[0],
             "T": HEADLINE[1], "by_k": {str(k): result.accuracy[k, HEADLINE[1]] for k in ks},
             "sweep": [{"k": k, "T": t, "accuracy": a} for (k, t), a in result.accuracy.items()],
             "per_class": _plain(result.per_class)}
+
+
+def _linear(subject: Subject, level: str | int, flip: bool) -> dict[str, Any]:
+    split = subject.split
+    result = probe(subject.features("train", level, flip), subject.features("test", level), split.validation,
+                   len(split.classes), progress=_told(subject, level))
+    return {"accuracy": result.accuracy, "interval": result.interval, "top5": result.top5, "lr": result.lr,
+            "validation": {f"{lr:g}": a for lr, a in result.validation_accuracy.items()},
+            "per_class": _plain(result.per_class), "confusion": result.confusion.tolist()}
 
 
 def _plain(values: np.ndarray) -> list[float | None]:
@@ -191,11 +289,13 @@ def _plain(values: np.ndarray) -> list[float | None]:
     return [None if np.isnan(v) else float(v) for v in values]
 
 
-def _few_shot(train: Features, test: Features, classes: int) -> dict[str, Any]:
+def _few_shot(subject: Subject, level: str | int) -> dict[str, Any]:
     """Both kinds; one that the data are too small for says so in its place."""
+    train, test = subject.features("train", level), subject.features("test", level)
+    classes, told = len(subject.split.classes), _told(subject, level)
     found: dict[str, Any] = {}
-    for name, run in (("episodes", lambda: episodes(test.plain, test.labels, classes)),
-                      ("labels", lambda: few_labels(train, test, classes))):
+    for name, run in (("episodes", lambda: episodes(test.plain, test.labels, classes, progress=told)),
+                      ("labels", lambda: few_labels(train, test, classes, progress=told))):
         try:
             found[name] = run()
         except UserError as error:
@@ -203,9 +303,11 @@ def _few_shot(train: Features, test: Features, classes: int) -> dict[str, Any]:
     return found
 
 
-def _augmented(subject: Subject, encoder: FrozenEncoder, level: str | int, lr: float, mirror: bool) -> dict[str, Any]:
+def _augmented(subject: Subject, level: str | int, lr: float, flip: bool) -> dict[str, Any]:
     """The augmented linear probe with RandomResizedCrop 0.5 to 1 and, where the run took them, mirror images."""
-    settings = Augment(crop="random_resized", scale=(0.5, 1.0), flip=mirror)
+    encoder, split = subject.encoder, subject.split
+    assert encoder
+    settings = Augment(crop="random_resized", scale=(0.5, 1.0), flip=flip)
     size, patch = encoder.config.data.image_size, encoder.config.model.patch
 
     @mx.compile
@@ -215,28 +317,12 @@ def _augmented(subject: Subject, encoder: FrozenEncoder, level: str | int, lr: f
         wanted = encoder.levels[-1:] if level == "last" else encoder.levels
         return mx.concatenate([found[:, encoder.depths.index(d)] for d in wanted], axis=1)
 
-    split = subject.split
     return augmented_probe(features, subject.features("train", level), split.train, split.train_rows,
-                           subject.features("test", level), len(split.classes), lr)
+                           subject.features("test", level), len(split.classes), lr, progress=_told(subject, level))
 
 
-def _quality(subjects: list[Subject], protocols: Protocols, say: Say) -> dict[str, Any]:
-    if not protocols.quality:
-        return {}
-    say("feature quality ...")
+def _quality(subjects: list[Subject]) -> dict[str, Any]:
     count = max(2, min(1000, len(subjects[1].split.test_rows) // 4))
     untrained = quality(subjects[1], pictures=count)
     found = quality(subjects[2], untrained, pictures=count)
     return {"quality": {"random": untrained, "trained": found}, "verdict": found["verdict"], "reason": found["reason"]}
-
-
-def _with_labels(encoder: FrozenEncoder, split: Splits, protocols: Protocols, say: Say,
-                 progress: Progress | None) -> dict[str, Any]:
-    if not protocols.fine_tune:
-        return {}
-    found = {}
-    epochs = protocols.fine_tune_epochs or (None, None)
-    for name, scratch, count in (("fine_tune", False, epochs[0]), ("scratch", True, epochs[1])):
-        say("fine-tuning ..." if not scratch else "the same network from scratch ...")
-        found[name] = fine_tune(encoder, split, count, scratch, encoder.config.seed, progress)
-    return found

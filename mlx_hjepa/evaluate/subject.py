@@ -35,6 +35,7 @@ class Splits:
     test_rows: np.ndarray
     classes: list[str]
     note: str | None
+    leaked: int = 0  # test pictures that are in the bank too
 
     @property
     def train_labels(self) -> np.ndarray:
@@ -77,22 +78,23 @@ def splits(dataset: Dataset, split_seed: int, subset: int | None = None, held_ou
     if test.labels is None:
         raise UserError("the test pictures have no labels")
     rows, test_rows = (_spread(r, subset) for r in (rows, test_rows))
-    _refuse_leaks(dataset.train, rows, test, test_rows)
+    leaked = _leaks(dataset.train, rows, test, test_rows)
     validation = validation_split(len(rows), split_seed)[1]
-    return Splits(dataset.train, rows, validation, test, test_rows, dataset.classes, note)
+    return Splits(dataset.train, rows, validation, test, test_rows, dataset.classes, note, leaked)
 
 
 def _spread(rows: np.ndarray, count: int | None) -> np.ndarray:
     return rows if count is None or count >= len(rows) else rows[np.linspace(0, len(rows) - 1, count).astype(int)]
 
 
-def _refuse_leaks(bank: Pictures, rows: np.ndarray, test: Pictures, test_rows: np.ndarray) -> None:
-    """Raise UserError when more than LEAKED of the test pictures lie in the bank, byte for byte."""
+def _leaks(bank: Pictures, rows: np.ndarray, test: Pictures, test_rows: np.ndarray) -> int:
+    """How many test pictures lie in the bank, byte for byte. Raises UserError when they are more than LEAKED."""
     known = set(_fingerprints(bank, rows))
     leaked = sum(f in known for f in _fingerprints(test, test_rows))
     if leaked > LEAKED * len(test_rows):
         raise UserError(f"{leaked} of the {len(test_rows)} test pictures are in the training pictures too, so their "
                         "scores would mean nothing. Take them out of one of the two")
+    return leaked
 
 
 def _fingerprints(pictures: Pictures, rows: np.ndarray) -> Iterator[bytes]:
@@ -146,6 +148,7 @@ class Subject:
         finally:
             temporary.unlink(missing_ok=True)
         sync_folder(self.cache)
+        _remove_stale(file)
         return found
 
     def _compute(self, split: str, mirror: bool) -> np.ndarray:
@@ -177,6 +180,20 @@ class Subject:
 
     def _select(self, features: np.ndarray, level: str | int) -> np.ndarray:
         return self.encoder.select(features, level) if self.encoder else features[:, 0]
+
+
+def _remove_stale(file: Path) -> None:
+    """Remove the features that `file` takes the place of, and what processes that are dead left unfinished."""
+    for other in file.parent.glob(f"{file.stem.rpartition('-')[0]}-{'[0-9a-f]' * 16}.npy"):
+        if other != file:
+            other.unlink(missing_ok=True)
+    for other in file.parent.glob("*.tmp"):
+        try:
+            os.kill(int(other.name.split(".")[-2]), 0)
+        except ProcessLookupError:
+            other.unlink(missing_ok=True)
+        except (ValueError, OSError):  # no number of a process, or another user's
+            continue
 
 
 def _pixels(images: np.ndarray) -> np.ndarray:

@@ -9,7 +9,6 @@ from typing import Any
 from rich.table import Table
 from scipy.special import stdtrit
 
-from mlx_hjepa.evaluate.report import report_name
 from mlx_hjepa.run import Run, write_atomically
 
 Report = dict[str, Any]
@@ -31,6 +30,15 @@ def table(report: Report) -> Table:
         if name in report:
             out.add_row(label, f"{report[name]['epochs']} epochs", "", percent(report[name]), "")
     return out
+
+
+def findings(report: Report) -> list[str]:
+    """What `table` has no column for, in lines: the verdict, the augmented probe, few labels."""
+    lines = [f"features: {report['verdict']} ({report['reason']})"] if "verdict" in report else []
+    lines += _augmented(report)
+    for title, rows in _few_shot(report).items():
+        lines += [f"{title}, {name}, {level}: {text}" for name, level, text in rows]
+    return lines
 
 
 def _cells(name: str, level: str, scores: Report) -> list[str]:
@@ -57,26 +65,37 @@ def markdown(run: Run, report: Report) -> str:
     text += [line for note in _notes(data) for line in (f"{note}.", "")]
     if "verdict" in report:
         text += [f"**Features: {report['verdict']}** ({report['reason']}).", ""]
-    text += _grid(["features", "level", "k-NN k 20, T 0.07", "linear probe", "effective rank"],
-                  [_cells(name, level, scores) for name, levels in report["rows"].items()
-                   for level, scores in levels.items()])
+    text += _grid(["features", "level", "k-NN k 20, T 0.07", "linear probe", "effective rank", "k-NN top-5",
+                   "linear top-5"],
+                  [_cells(name, level, scores) + [_top5(scores.get(p)) for p in ("knn", "linear")]
+                   for name, levels in report["rows"].items() for level, scores in levels.items()])
     for name, label in (("fine_tune", "Fine-tuned"), ("scratch", "The same network from scratch")):
         if name in report:
             f = report[name]
             text += [f"{label}: {percent(f)} after epoch {f['epoch']} of {f['epochs']}, chosen on {f['held_out']:,} "
                      f"held-out pictures, trained on {f['trained_on']:,}.", ""]
-    text += _augmented(report) + _sweep(report) + _few_shot(report) + _quality(report) + _pictures(run, report)
-    text += ["## Where this comes from", "", *(f"- {key}: {report[key]}" for key in (
-        "command", "checkpoint", "weights", "pictures_seen", "train_seconds", "commit", "versions") if key in report),
-        f"- device: {report['device']['name']}; evaluation took {report['seconds']:.0f} s"]
-    return "\n".join(text) + "\n"
+    text += [line for found in _augmented(report) for line in (f"{found}.", "")] + _sweep(report)
+    for title, rows in _few_shot(report).items():
+        text += [f"## {title}", "", *_grid(["features", "level", "accuracy, 95 % interval"], rows)]
+    text += _quality(report) + _pictures(run, report)
+    text += ["## Where this comes from", "", *_grid(["protocol", "seconds", "device", "commit", "command"], [
+        [name, f"{how['seconds']:.0f}", how["device"], str(how["commit"]), f"`{how['command']}`"]
+        for name, how in report["protocols"].items()])]
+    facts = ("checkpoint", "weights", "pictures_seen", "train_seconds", "versions")
+    text += [f"- {key}: {report[key]}" for key in facts if key in report]
+    return "\n".join([*text, f"- evaluation took {report['seconds']:.0f} s"]) + "\n"
+
+
+def _top5(score: Report | None) -> str:
+    return f"{100 * score['top5']:.1f}" if score else "-"
 
 
 def _notes(data: Report) -> list[str]:
     """What a reader of the numbers must know of the pictures."""
     subset = f"a subset: at most {data['subset']:,} pictures of each split" if data["subset"] else None
-    return [note for note in (data["note"], subset, data["test_split"] if data["test_split"] != "test" else None)
-            if note]
+    leaked = f"{data['leaked']:,} test pictures lie in the bank too, byte for byte" if data["leaked"] else None
+    split = data["test_split"] if data["test_split"] != "test" else None
+    return [note for note in (data["note"], subset, split, leaked) if note]
 
 
 def _grid(headings: list[str], rows: list[list[str]]) -> list[str]:
@@ -90,42 +109,45 @@ def _sweep(report: Report) -> list[str]:
         for level in ("last", "levels"):
             sweep = levels.get(level, {}).get("knn", {}).get("sweep", [])
             if sweep:
-                best = {(s["k"], s["T"]): s["accuracy"] for s in sweep}
+                found = {(s["k"], s["T"]): s["accuracy"] for s in sweep}
                 wanted = [(k, 0.07) for k in (1, 5, 10, 20, 50, 100, 200)] + [(200, 0.1)]
-                rows.append([name, level, *(f"{100 * best[w]:.1f}" if w in best else "-" for w in wanted)])
-    heads = ["features", "level", *(f"k {k}" for k in (1, 5, 10, 20, 50, 100, 200)), "k 200, T 0.1 (lightly)"]
+                k, t = best = max(found, key=lambda pair: found[pair])
+                rows.append([name, level, *(f"{100 * found[w]:.1f}" if w in found else "-" for w in wanted),
+                             f"{100 * found[best]:.1f} at k {k}, T {t:g}"])
+    heads = ["features", "level", *(f"k {k}" for k in (1, 5, 10, 20, 50, 100, 200)), "k 200, T 0.1 (lightly)",
+             "best of all k and T, by the test pictures"]
     return ["## k-NN, T 0.07", "", *_grid(heads, rows)] if rows else []
 
 
 def _augmented(report: Report) -> list[str]:
-    found = [f"{name}, {level}: {percent(scores['linear_augmented'])}" for name, levels in report["rows"].items()
-             for level, scores in levels.items() if "linear_augmented" in scores]
-    return [f"Linear probe on fresh crops in every epoch: {'; '.join(found)}.", ""] if found else []
+    return [f"Linear probe on fresh crops in every epoch, {name}, {level}: {percent(scores['linear_augmented'])}"
+            for name, levels in report["rows"].items() for level, scores in levels.items()
+            if "linear_augmented" in scores]
 
 
 def _pictures(run: Run, report: Report) -> list[str]:
-    files = [f"{report_name(report)}-{part}.png" for part in ("knn", "levels", "confusion", "spectrum")]
-    return [line for file in files if (run.evaluation / file).is_file() for line in (f"![{file}]({file})", "")]
+    files = [f"{report['name']}-{part}.png" for part in ("knn", "levels", "confusion", "spectrum")]
+    return [line for file in files if (run.scored / file).is_file() for line in (f"![{file}]({file})", "")]
 
 
-def _few_shot(report: Report) -> list[str]:
-    text: list[str] = []
+def _few_shot(report: Report) -> dict[str, list[list[str]]]:
+    """Rows of features, level and accuracies, by title."""
+    found: dict[str, list[list[str]]] = {}
     for kind, title in (("episodes", "Few-shot episodes, nearest centroid"), ("labels", "k labels a class")):
-        rows = []
         for name, levels in report["rows"].items():
             for level, scores in levels.items():
-                found = scores.get("few_shot", {}).get(kind)
-                if found and "skipped" in found and "per_class" not in found:
-                    rows.append([name, level, str(found["skipped"])])
-                elif found and kind == "episodes":
-                    rows.append([name, level, ", ".join(f"{k}-shot {_spread(s)}" for k, s in found["shots"].items())])
-                elif found:
-                    rows.append([name, level, "; ".join(
-                        f"{k}: centroid {_spread(s['centroid'])}, logistic {_spread(s['logistic'])}"
-                        for k, s in found["per_class"].items())])
-        if rows:
-            text += [f"## {title}", "", *_grid(["features", "level", "accuracy, 95 % interval"], rows)]
-    return text
+                if kind in scores.get("few_shot", {}):
+                    found.setdefault(title, []).append([name, level, _few(scores["few_shot"][kind])])
+    return found
+
+
+def _few(found: Report) -> str:
+    """What ran, then why the rest did not."""
+    parts = [f"{k}-shot {_spread(s)}" for k, s in found.get("shots", {}).items()]
+    parts += [f"{k}: centroid {_spread(s['centroid'])}, logistic {_spread(s['logistic'])}"
+              for k, s in found.get("per_class", {}).items()]
+    skipped = found.get("skipped", {})
+    return "; ".join([*parts, *([skipped] if isinstance(skipped, str) else (f"{k}: {w}" for k, w in skipped.items()))])
 
 
 def _spread(score: Report) -> str:
@@ -137,10 +159,11 @@ def _quality(report: Report) -> list[str]:
         return []
     keys = ("effective_rank", "rankme", "alpha_req", "normalised_std", "uniformity")
     rows = [[name, level, *("-" if values[k] is None else f"{values[k]:.3g}" for k in keys),
-             f"{values['cosine']['mean']:.2f}", values.get("verdict", "-")]
+             "{mean:.2f} ({p5:.2f} to {p95:.2f})".format(**values["cosine"]), values.get("verdict", "-")]
             for name, found in report["quality"].items() for level, values in found["by_level"].items()]
     text = ["## Feature quality", "", *_grid(["features", "level", "effective rank", "RankMe", "alpha-ReQ",
-                                              "normalised std", "uniformity", "mean cosine", "verdict"], rows)]
+                                              "normalised std", "uniformity", "cosine of two, mean (5 to 95 %)",
+                                              "verdict"], rows)]
     for name, found in report["quality"].items():
         if found["views"]:
             v = found["views"]
@@ -150,74 +173,96 @@ def _quality(report: Report) -> list[str]:
 
 
 def write(run: Run, report: Report) -> None:
-    """report.md and the pictures, beside report.json."""
+    """The pictures, and report.md with them, beside report.json."""
     from mlx_hjepa.plots.evaluation import draw
 
-    name = report_name(report)
-    draw(report, run.evaluation, name)
-    write_atomically(run.evaluation / f"{name}.md", markdown(run, report))
+    draw(report, run.scored, report["name"])
+    write_atomically(run.scored / f"{report['name']}.md", markdown(run, report))
 
 
-def comparison(reports: list[Report]) -> Table:
-    """Several runs side by side. Runs of one preset and different seeds are pooled below as mean and spread.
+def compare(reports: list[Report]) -> dict[str, Any]:
+    """Several runs side by side; runs that differ in their seed alone pooled too, one value a seed.
 
-    A `~` marks what is within the noise of the best on the same pictures: for runs a difference under 1.96 standard
-    errors of two proportions, for pooled seeds one under Student's 95 % point of the two means (Welch).
+    columns; runs, with the accuracy of each column; seeds, with mean and std over the seeds. A score's mark is "best"
+    or "~", within the noise of the best on the same pictures: for runs a difference under the root of the two half 95 %
+    intervals' squares, for pooled seeds one under Student's 95 % point of the two means (Welch).
     """
+    found = [_headline(r) for r in reports]
+    columns = [column for column in found[0] if any(scores[column] for scores in found)]
+    runs: list[dict[str, Any]] = []
+    groups: dict[tuple, dict[int, tuple[Report, Report]]] = {}
+    for r, scores in zip(reports, found, strict=True):
+        rivals = [other for o, other in zip(reports, found, strict=True) if _pictures_of(o) == _pictures_of(r)]
+        runs.append({"run": r["run"], "data": r["dataset"]["name"], "epochs": r["epochs"], "seed": r["seed"],
+                     "effective_rank": r["rows"]["trained"]["last"]["effective_rank"],
+                     "scores": {c: _marked(scores[c], [rival[c] for rival in rivals]) for c in columns}})
+        groups.setdefault((r["recipe"], _pictures_of(r)), {})[r["seed"]] = r, scores
+    pooled = {key: list(group.values()) for key, group in groups.items() if len(group) > 1}
+    seeds = []
+    for (_, pictures), group in pooled.items():
+        others = [g for (_, p), g in pooled.items() if p == pictures]
+        first = group[0][0]
+        seeds.append({"preset": first["preset"], "data": first["dataset"]["name"], "epochs": first["epochs"],
+                      "seeds": sorted(r["seed"] for r, _ in group),
+                      "scores": {c: _pooled(_values(group, c), [_values(g, c) for g in others]) for c in columns}})
+    return {"columns": columns, "runs": runs, "seeds": seeds}
+
+
+def comparison(compared: dict[str, Any]) -> Table:
+    """What `compare` found, as a table."""
     out = Table(title="runs side by side; ~ is within the noise of the best")
-    for heading in ("run", "data", "epochs", "seed", "k-NN", "linear", "k-NN last", "linear last", "rank last"):
+    for heading in ("run", "data", "epochs", "seed", *compared["columns"], "rank last"):
         out.add_column(heading, justify="left" if heading in ("run", "data") else "right")
-    columns = [("levels", "knn"), ("levels", "linear"), ("last", "knn"), ("last", "linear")]
-    scores = [[_score(r, *c) for c in columns] for r in reports]
-    for r, row in zip(reports, scores, strict=True):
-        rivals = [other for o, other in zip(reports, scores, strict=True) if _pictures_of(o) == _pictures_of(r)]
-        cells = [_marked(score, [other[i] for other in rivals], r["dataset"]["test"]) for i, score in enumerate(row)]
-        out.add_row(r["run"], r["dataset"]["name"], str(r["epochs"]), str(r["seed"]), *cells,
-                    f"{r['rows']['trained']['last']['effective_rank']:.0f}")
+    for r in compared["runs"]:
+        out.add_row(r["run"], r["data"], str(r["epochs"]), str(r["seed"]), *map(_cell, r["scores"].values()),
+                    f"{r['effective_rank']:.0f}")
     out.add_section()
-    groups = _by_preset(reports)
-    for (name, _, epochs), group in groups.items():
-        others = [g for (_, pictures, _), g in groups.items() if pictures == _pictures_of(group[0])]
-        cells = [_pooled(_values(group, *c), [_values(g, *c) for g in others]) for c in columns]
-        out.add_row(name, group[0]["dataset"]["name"], str(epochs), f"{len(group)} seeds", *cells, "")
+    for s in compared["seeds"]:
+        out.add_row(s["preset"], s["data"], str(s["epochs"]), f"{len(s['seeds'])} seeds",
+                    *map(_cell, s["scores"].values()), "")
     return out
 
 
-def _score(report: Report, level: str, protocol: str) -> Report | None:
-    rows = report["rows"]["trained"]
-    return rows.get(level, rows["last"]).get(protocol)
+def _cell(score: Report | None) -> str:
+    if score is None:
+        return "-"
+    spread = f" ± {100 * score['std']:.1f}" if "std" in score else ""
+    return f"{100 * score['accuracy']:.1f}{spread} {score['mark']}".rstrip()
+
+
+def _headline(report: Report) -> dict[str, Report | None]:
+    """The scores that runs are compared by, where there are any."""
+    last = report["rows"]["trained"]["last"]
+    levels = report["rows"]["trained"].get("levels", last)
+    shots = levels.get("few_shot", {}).get("episodes", {}).get("shots", {})
+    return {"k-NN": levels.get("knn"), "linear": levels.get("linear"), "k-NN last": last.get("knn"),
+            "linear last": last.get("linear"), "5-shot": shots.get("5"), "fine-tuned": report.get("fine_tune"),
+            "from scratch": report.get("scratch")}
 
 
 def _pictures_of(report: Report) -> tuple[str, int]:
     return report["dataset"]["fingerprint"], report["dataset"]["test"]
 
 
-def _marked(score: Report | None, rivals: list[Report | None], n: int) -> str:
+def _marked(score: Report | None, rivals: list[Report | None]) -> Report | None:
     if score is None:
-        return "-"
-    p, q = score["accuracy"], max(r["accuracy"] for r in rivals if r)
-    noise = 1.96 * math.sqrt((p * (1 - p) + q * (1 - q)) / n)
-    return f"{100 * p:.1f}{' best' if p == q else ' ~' if q - p < noise else ''}"
+        return None
+    best = max((r for r in rivals if r), key=lambda r: r["accuracy"])
+    noise = math.hypot(*((r["interval"][1] - r["interval"][0]) / 2 for r in (score, best)))
+    behind = best["accuracy"] - score["accuracy"]
+    return {"accuracy": score["accuracy"], "mark": "best" if behind == 0 else "~" if behind < noise else ""}
 
 
-def _by_preset(reports: list[Report]) -> dict[tuple[str, tuple[str, int], int], list[Report]]:
-    """Reports that differ in their seed alone, by preset, pictures and epochs; those of several seeds."""
-    groups: dict[tuple[str, tuple[str, int], int], list[Report]] = {}
-    for r in reports:
-        groups.setdefault((r["preset"], _pictures_of(r), r["epochs"]), []).append(r)
-    return {key: group for key, group in groups.items() if len({r["seed"] for r in group}) > 1}
+def _values(group: list[tuple[Report, Report]], column: str) -> list[float]:
+    return [scores[column]["accuracy"] for _, scores in group if scores[column]]
 
 
-def _values(group: list[Report], level: str, protocol: str) -> list[float]:
-    return [100 * score["accuracy"] for score in (_score(r, level, protocol) for r in group) if score]
-
-
-def _pooled(values: list[float], rivals: list[list[float]]) -> str:
+def _pooled(values: list[float], rivals: list[list[float]]) -> Report | None:
     if len(values) < 2:
-        return "-"
+        return None
     best = max((r for r in rivals if len(r) > 1), key=mean)
-    mark = "" if len(rivals) < 2 else " best" if mean(values) == mean(best) else " ~" if _alike(values, best) else ""
-    return f"{mean(values):.1f} ± {stdev(values):.1f}{mark}"
+    mark = "" if len(rivals) < 2 else "best" if mean(values) == mean(best) else "~" if _alike(values, best) else ""
+    return {"accuracy": mean(values), "std": stdev(values), "mark": mark}
 
 
 def _alike(a: list[float], b: list[float]) -> bool:

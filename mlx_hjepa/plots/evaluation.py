@@ -20,8 +20,8 @@ def draw(report: Report, folder: Path, name: str) -> None:
     """Write <name>-knn, -levels, -confusion and -spectrum.png into `folder`, each if the report has its numbers; an
     earlier report's picture that it has none for is removed."""
     ran = report["protocols"]
-    for make, there in ((knn, ran["knn"]), (levels, ran["knn"] or ran["linear"]), (confusion, ran["linear"]),
-                        (spectrum, "quality" in report)):
+    for make, there in ((knn, "knn" in ran), (levels, "knn" in ran or "linear" in ran), (confusion, "linear" in ran),
+                        (spectrum, "quality" in ran)):
         file = folder / f"{name}-{make.__name__}.png"
         file.unlink(missing_ok=True)
         if there:
@@ -55,7 +55,7 @@ def knn(report: Report) -> plt.Figure:
 def levels(report: Report) -> plt.Figure:
     """Trained features by depth with Wilson's interval; the untrained encoder and raw pixels as lines across."""
     rows = report["rows"]["trained"]
-    protocols = [p for p in (("knn", "k-NN", "C0"), ("linear", "linear probe", "C3")) if report["protocols"][p[0]]]
+    protocols = [p for p in (("knn", "k-NN", "C0"), ("linear", "linear probe", "C3")) if p[0] in report["protocols"]]
     depths = sorted(filter(str.isdigit, rows), key=int)
     order = [*depths, *(level for level in ("last", "levels", "last4") if level in rows)]
     figure, axis = plt.subplots(figsize=(8.5, 4.2), layout="constrained")

@@ -185,3 +185,15 @@ def test_truncate_keeps_what_came_before_the_checkpoint(tmp_path):
     file.write_text('{"kind": "train", "step": 10}\n{"kind": "train", "step": 20}\n{"kind": "knn", "st')
     truncate(file, 10)
     assert file.read_text() == '{"kind": "train", "step": 10}\n'
+
+
+def test_ctrl_c_ends_the_command_with_status_0_and_the_way_on(config):
+    run = Run.create(config(training={"epochs": 500}))
+    command = [sys.executable, "-m", "mlx_hjepa.cli", "train", str(run.config_file)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("epoch"):
+            process.send_signal(signal.SIGINT)
+            break
+    assert "mlx-hjepa train results/tiny-2 --resume" in process.stdout.read()
+    assert process.wait() == 0
