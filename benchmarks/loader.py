@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import mlx_hjepa  # noqa: F401  # isort: skip  (it chooses the BLAS before MLX is imported)
 
-import json
 import tempfile
 import time
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ import numpy as np
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
-from throughput import model_config, rounded
+from throughput import model_config
 
 from mlx_hjepa import backend, config
 from mlx_hjepa.analyze import timing
@@ -29,7 +28,7 @@ from mlx_hjepa.cli import friendly
 from mlx_hjepa.data.dataset import Pictures, load_dataset
 from mlx_hjepa.data.source import batches
 from mlx_hjepa.model.hjepa import HJEPA, key_of
-from mlx_hjepa.run import RESULTS, read_json, write_atomically
+from mlx_hjepa.run import RESULTS, read_json
 
 PICTURES = 10_000  # made-up ones, of CIFAR's size
 FILES = 512
@@ -80,18 +79,26 @@ def rates(batch: int, threads: int, seconds: float) -> dict[str, float]:
     def of(pictures: Pictures, source: Any) -> float:
         return rate(batches(pictures, source, 0, batch, 0, timing.STEPS, threads), batch, seconds)
 
-    found["CIFAR, stream"], found["CIFAR, resident"] = of(cifar, "stream"), of(cifar, "resident")
+    digits = load_dataset(config.Data(dataset="digits"), say=lambda _: None).train
+    for name, pictures in (("CIFAR", cifar), ("digits", digits)):
+        found |= {f"{name}, {source}": of(pictures, source) for source in ("stream", "resident")}
     batch = min(batch, FILES // 2)
     with tempfile.TemporaryDirectory() as folder:
         for stored, wanted in ((64, 32), (256, 224)):
-            name = f"folder, JPEG of {stored} px as {wanted} px"
-            found[name] = of(folder_pictures(Path(folder), stored, wanted, threads), "stream")
+            files = folder_pictures(Path(folder), stored, wanted, threads)
+            for source in ("stream", "resident"):
+                found[f"folder, JPEG of {stored} px as {wanted} px, {source}"] = of(files, source)
     plain, large = model_config("vit_tiny"), model_config("vit_tiny", size=224)
     found["augmentation, 32 px"] = rate(augmentation(plain, batch), batch, seconds)
     jittered = large.model_copy(update={"augment": large.augment.model_copy(update={"jitter": 0.4})})
     batch = min(batch, 32)
     found["augmentation, 32 to 224 px with colours"] = rate(augmentation(jittered, batch), batch, seconds)
     return found
+
+
+def ratio(value: float) -> str:
+    """Two digits that count: 0.043, 1.4, 1,200."""
+    return f"{float(f'{value:.2g}'):,.10g}"
 
 
 def needs(file: Path) -> dict[str, float]:
@@ -115,15 +122,14 @@ def main(batch: int, threads: int, seconds: float, file: Path | None, out: Path)
     found = rates(batch, threads, seconds)
     table = Table("source", "pictures/s", *(f"x {name}" for name in needed), title="as many times as the model needs")
     for source, speed in found.items():
-        table.add_row(source, f"{speed:,.0f}", *(f"{speed / need:,.0f}" for need in needed.values()))
+        table.add_row(source, f"{speed:,.0f}", *(ratio(speed / need) for need in needed.values()))
     console = Console(highlight=False)
     console.print(table)
     if not needed:
         console.print("no rates of this machine yet: run python benchmarks/throughput.py first")
-    out.mkdir(parents=True, exist_ok=True)
     target = out / f"{timing.machine_name(backend.device())}.json"
     document = {"device": backend.environment(), "batch": batch, "threads": threads, "img_s": found, "needs": needed}
-    write_atomically(target, json.dumps(rounded(document), indent=1))
+    timing.write(target, document)
     console.print(f"written to {target}")
 
 

@@ -4,6 +4,9 @@
 Sweeps batch sizes for each model, precision and picture size and fits t = a + b * B. Prints tables and writes
 results/throughput/<machine>.json, from which `mlx-hjepa project` tells how long a run takes, and a picture. Running out
 of memory ends a model's row of batches; Ctrl-C keeps what is done.
+
+The default models on a GPU are those of the presets for 32 px. Those for 224 px, and any other configuration, are
+measured with --add --configs configs/compat/m1_max_quick_val.yaml, at a quarter, half and all of their batch.
 """
 
 from __future__ import annotations
@@ -39,20 +42,19 @@ from mlx_hjepa.config import Config, ConfigError
 from mlx_hjepa.evaluate.features import FrozenEncoder
 from mlx_hjepa.evaluate.knn import knn_accuracy
 from mlx_hjepa.model.hjepa import HJEPA, key_of
-from mlx_hjepa.run import RESULTS, Run, read_json, write_atomically
+from mlx_hjepa.run import RESULTS, Run, read_json
 from mlx_hjepa.schedule import Schedule
 from mlx_hjepa.train import checkpoint, health
 from mlx_hjepa.train.step import DTYPES, Step, part
 
-MODELS = {"gpu": "192x12:4,8,12 384x6:2,4,6 384x12:4,8,12", "cpu": "64x4:2,4 128x6:2,4,6 192x12:4,8,12",
-          "quick": "64x4:2,4 128x6:2,4,6"}
+MODELS = {"gpu": "192x12:4,8,12 384x6:2,4,6 384x6:1,2,3,4,5,6 384x12:4,8,12",
+          "cpu": "64x4:2,4 128x6:2,4,6 192x12:4,8,12", "quick": "64x4:2,4 128x6:2,4,6"}
 BATCHES = {"gpu": "32,64,128,256,512,1024", "cpu": "8,16,32,64", "quick": "16,32,64"}
 EPOCHS = (5, 20, 50, 100)
 LIKELY_BATCH = 256  # of the picture of hours, as in the presets
 MATRIX = {"cuda": (8192, 10), "metal": (4096, 2), "cpu": (1536, 1)}  # size of the product, how many in a row
 VIEWS = {"Reshape", "Flatten", "Unflatten", "Transpose", "Slice", "Split", "Squeeze", "ExpandDims", "Broadcast",
          "BroadcastAxes", "AsStrided", "StopGradient", "CustomTransforms", "Depends", "View", "Copy"}
-SAME = ("model", "levels", "precision", "image_size", "gflop")  # rows with these in common have one fit
 
 
 # ---------------------------------------------------------------- what to measure
@@ -96,19 +98,18 @@ def whole_numbers(text: str) -> list[int]:
 
 @contextmanager
 def one_kernel_each() -> Iterator[None]:
-    """Let layer norms (1 kernel; backward 1, and 2 column sums if affine) and fused attention (1) count as on a GPU."""
+    """Let layer norms (1 kernel; backward 1) and fused attention (1) count as on a GPU."""
     def stand_in(x, *_, **__):
         return mx.softmax(x, axis=-1)
 
     norm = mx.custom_function(stand_in)
 
     @norm.vjp
-    def _(primals, cotangent, __):
-        sums = [cotangent.reshape(-1, cotangent.shape[-1]).sum(axis=0) for _ in primals[1:]]
-        return (mx.softmax(cotangent, axis=-1), *sums)
+    def _(_, cotangent, __):
+        return mx.softmax(cotangent, axis=-1)
 
     kept = mx.fast.layer_norm, mx.fast.scaled_dot_product_attention
-    mx.fast.layer_norm = lambda x, w, b, eps: norm(*(a for a in (x, w, b) if a is not None))
+    mx.fast.layer_norm = lambda x, *_: norm(x)
     mx.fast.scaled_dot_product_attention = stand_in
     try:
         yield
@@ -134,15 +135,19 @@ def graph(c: Config) -> tuple[list[str], int]:
 
 
 def launches(c: Config) -> float | None:
-    """Kernels, copies and fills that a step really launches on CUDA, from the graphs that MLX writes out; else None."""
+    """Kernels, copies and fills that a step really launches on CUDA, from the graphs that MLX writes out; None where
+    there is no CUDA or nothing was written within five minutes."""
     if backend.kind() != "cuda":
         return None
     code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import throughput as t; t.dump_graphs()"
     with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run([sys.executable, "-c", code], input=json.dumps([c.model_dump(mode="json"), folder]),
-                              env={**os.environ, "MLX_SAVE_CUDA_GRAPHS_DOT_FILE": f"{folder}/graph"},
-                              text=True, capture_output=True)
-    return float(done.stdout.split()[-1]) if done.returncode == 0 else None
+        try:
+            done = subprocess.run([sys.executable, "-c", code], input=json.dumps([c.model_dump(mode="json"), folder]),
+                                  env={**os.environ, "MLX_SAVE_CUDA_GRAPHS_DOT_FILE": f"{folder}/graph"},
+                                  text=True, capture_output=True, check=True, timeout=300)
+        except subprocess.SubprocessError:
+            return None
+    return float(done.stdout.split()[-1]) or None
 
 
 def dump_graphs(steps: int = 4) -> None:
@@ -182,7 +187,7 @@ def matrix_tflops(precision: str) -> float:
 
 
 def costs(c: Config, first_step: float) -> timing.Costs:
-    """Seconds of a health check, an online k-NN probe and a checkpoint of a CIFAR run, from encoding 512 pictures."""
+    """What encoding, a health check, the online k-NN and a checkpoint take, from 512 pictures and CIFAR's k-NN bank."""
     def timed(work: Callable[[], Any]) -> float:
         start = time.perf_counter()
         work()
@@ -206,21 +211,25 @@ def costs(c: Config, first_step: float) -> timing.Costs:
         run = Run(folder)
         run.checkpoints.mkdir()
         saving = timed(lambda: checkpoint.save(run, state, step.layout, {"step": 0}))
-    picture, statistics = encoding / len(images), timed(lambda: health.statistics(held))
-    compiling = once - encoding + first - checking + unready - searching
-    return timing.Costs(first_step + compiling, timing.VALIDATION * picture + checking + statistics,
-                        (timing.VALIDATION + timing.BANK) * picture + searching, saving)
+    compiling = sum(max(0.0, a - b) for a, b in ((once, encoding), (first, checking), (unready, searching)))
+    return timing.Costs(first_step + compiling, encoding / len(images), checking,
+                        timed(lambda: health.statistics(held)) / len(held), searching / len(held) / len(bank), saving)
 
 
-def sweep(configs: list[Config], batches: list[int] | None, effort: dict[str, Any], count: bool,
+def sweep(configs: list[Config], batches: list[int] | None, effort: dict[str, Any], quick: bool,
           document: dict[str, Any], done: Callable[[], None], say: Callable[[str], None]) -> None:
-    """Measure each configuration at each batch size into `document`; `done` is called after each configuration."""
+    """Measure each configuration at each batch size into `document`; `done` is called after each configuration.
+
+    batches: None takes a quarter, half and all of the configuration's own.
+    """
+    mark = timing.stamp(document["device"], quick)
     for c in configs:
         precision, nodes = timing.key(c)["precision"], None
         if precision not in document["matrix_tflops"]:
             document["matrix_tflops"][precision] = matrix_tflops(precision)
         rows: list[Row] = []
-        for batch in batches or [c.training.batch]:
+        own = c.training.batch
+        for batch in batches or sorted({max(1, own // 4), max(1, own // 2), own}):
             sized = timing.with_batch(c, batch)
             try:
                 if rows and rows[-1]["peak_gb"] * batch / rows[-1]["batch"] > 0.9e-9 * backend.device()["memory"]:
@@ -233,21 +242,16 @@ def sweep(configs: list[Config], batches: list[int] | None, effort: dict[str, An
                 document["out_of_memory"].append({**timing.key(c), "batch": batch})
                 say(f"{timing.key(c)['model']} at batch {batch}: out of memory")
                 break
-            rows.append(row | {"matrix_share": row["tflops"] / document["matrix_tflops"][precision],
-                               "kernels": len(nodes[0]), "kernels_with_copies": len(nodes[0]) + nodes[1]})
+            rows.append(row | mark | {"matrix_share": row["tflops"] / document["matrix_tflops"][precision],
+                                      "kernels": len(nodes[0]), "kernels_with_copies": len(nodes[0]) + nodes[1]})
             document["rows"].append(rows[-1])
             say(f"{row['model']}:{row['levels']} {precision} {row['image_size']} px, batch {batch}: "
                 f"{row['it_s']:.3g} it/s, {row['img_s']:,.0f} img/s, first step {row['first_step_s']:.1f} s")
         if len({row["batch"] for row in rows}) > 1:
-            beside = costs(timing.with_batch(c, rows[0]["batch"]), min(row["first_step_s"] for row in rows))
-            document["fits"].append({**timing.key(c), **fitted(rows), "costs": beside._asdict(),
-                                     "launches": launches(sized) if count else None})
+            smallest = timing.with_batch(c, rows[0]["batch"])
+            beside = costs(smallest, min(row["first_step_s"] for row in rows))
+            document["fits"].append(timing.fitted(rows, beside, launches(smallest)))
         done()
-
-
-def fitted(rows: list[Row]) -> dict[str, Any]:
-    found = timing.fit(rows)
-    return {"a": found.a, "b": found.b, "interval": found.interval, "left_out": timing.left_out(rows)}
 
 
 def out_of_memory(error: Exception) -> bool:
@@ -255,22 +259,27 @@ def out_of_memory(error: Exception) -> bool:
 
 
 def sustained(c: Config, minutes: float) -> dict[str, Any]:
-    """The rate over a longer time, and in its first and last tenth."""
+    """The rate over a longer time, in its first and last tenth, and macOS's words on the heat after it."""
     beat, times = timing.pulses(c, Step), []
     list(islice(beat, 5))
     while sum(times) < 60 * minutes:
         times.append(next(beat))
     tenth = max(1, len(times) // 10)
     cold, settled = (1 / float(np.mean(share)) for share in (times[:tenth], times[-tenth:]))
-    return {**timing.key(c), "batch": c.training.batch, "minutes": minutes, "it_s_cold": cold, "it_s_settled": settled}
+    return {**timing.key(c), "batch": c.training.batch, "minutes": minutes, "it_s_cold": cold, "it_s_settled": settled,
+            "thermal": thermal()}
+
+
+def thermal() -> str | None:
+    """What macOS says of the heat; None elsewhere."""
+    if sys.platform != "darwin":
+        return None
+    return subprocess.run(["pmset", "-g", "therm"], capture_output=True, text=True).stdout.strip()
 
 
 def facts() -> dict[str, Any]:
-    """The machine, the code, its power; thermal: macOS's own words, None elsewhere."""
-    thermal = None
-    if sys.platform == "darwin":
-        thermal = subprocess.run(["pmset", "-g", "therm"], capture_output=True, text=True).stdout.strip()
-    return {**backend.environment(), "on_battery": backend.on_battery(), "thermal": thermal}
+    """The machine, the code, its power and heat."""
+    return {**backend.environment(), "on_battery": backend.on_battery(), "thermal": thermal()}
 
 
 # ---------------------------------------------------------------- telling
@@ -279,19 +288,22 @@ def facts() -> dict[str, Any]:
 def tables(document: dict[str, Any]) -> list[Table]:
     """The rows, and the fits."""
     rows = Table("model", "levels", "px", "precision", "batch", "it/s", "img/s", "TFLOP/s", "of matrix rate", "GB",
-                 "kernels", "first step", title=f"{document['machine']}{', quick' if document['quick'] else ''}")
+                 "kernels", "first step", "measured", title=document["machine"])
     for r in document["rows"]:
+        whole = "kernels" in r  # else a row of `mlx-hjepa project`
         rows.add_row(r["model"], r["levels"], str(r["image_size"]), r["precision"], str(r["batch"]),
                      f"{r['it_s']:.3g} ± {100 * r['spread']:.0f} %", f"{r['img_s']:,.0f}", f"{r['tflops']:.3g}",
-                     f"{100 * r['matrix_share']:.1f} %", f"{r['peak_gb']:.2f}",
-                     f"{r['kernels']} ({r['kernels_with_copies']})", f"{r['first_step_s']:.1f} s")
-    fits = Table("model", "levels", "px", "precision", "a", "b a picture", "interval", "left out", "health", "k-NN",
-                 "checkpoint", title="t = a + b * B")
+                     f"{100 * r['matrix_share']:.1f} %" if whole else "-", f"{r['peak_gb']:.2f}",
+                     f"{r['kernels']} ({r['kernels_with_copies']})" if whole else "-", f"{r['first_step_s']:.1f} s",
+                     f"{r['commit'] or '-'}{', quick' * r['quick']}")
+    fits = Table("model", "levels", "px", "precision", "a", "b a picture", "interval", "left out", "launches",
+                 "encode a picture", "checkpoint", title="t = a + b * B")
     for f in document["fits"]:
         errors = ", ".join(f"{batch}: {100 * error:+.1f} %" for batch, error in f["left_out"].items())
         fits.add_row(f["model"], f["levels"], str(f["image_size"]), f["precision"], f"{1e3 * f['a']:.2f} ms",
-                     f"{1e6 * f['b']:.1f} µs", f"± {100 * f['interval']:.0f} %", errors,
-                     *(f"{f['costs'][name]:.2f} s" for name in ("health", "knn", "checkpoint")))
+                     f"{1e6 * f['b']:.1f} µs", f"± {100 * f['interval']:.0f} %", errors, f"{f['launches'] or '-'}",
+                     *("-" if f["costs"][name] is None else f"{1e3 * f['costs'][name]:.3g} ms"
+                       for name in ("encode", "checkpoint")))
     return [rows, fits]
 
 
@@ -313,7 +325,8 @@ def picture(document: dict[str, Any], cadence: Config, file: Path) -> None:
             axis.plot([r["batch"] for r in rows], [r[what] for r in rows], "o-", label=label)
     for label, fits in named(document["fits"]).items():
         speed = timing.Fit(*(fits[-1][k] for k in ("a", "b", "interval")), timing.Costs(**fits[-1]["costs"]))
-        done = [timing.project(timing.with_batch(cadence, LIKELY_BATCH), speed, epochs) for epochs in EPOCHS]
+        sized = timing.with_batch(cadence, LIKELY_BATCH)
+        done = [timing.project(sized, speed, epochs, timing.PICTURES["cifar10"]) for epochs in EPOCHS]
         spread = [[(p.mid - p.low) / 3600 for p in done], [(p.high - p.mid) / 3600 for p in done]]
         axes[2].errorbar(EPOCHS, [p.mid / 3600 for p in done], spread, fmt="o-", capsize=3, label=label)
     sizes = sorted({r["batch"] for r in document["rows"]})
@@ -326,63 +339,41 @@ def picture(document: dict[str, Any], cadence: Config, file: Path) -> None:
     for axis in axes:
         axis.grid(alpha=0.3, which="both")
     axes[0].legend(fontsize=8)
-    figure.suptitle(document["device"]["name"] + (", quick" if document["quick"] else ""))
+    quick = any(r["quick"] for r in document["rows"])
+    figure.suptitle(document["device"]["name"] + (", some of it measured for seconds only" if quick else ""))
     figure.savefig(file, dpi=110)
-
-
-def rounded(value: Any) -> Any:
-    """Numbers with five digits that count."""
-    if isinstance(value, dict):
-        return {k: rounded(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [rounded(v) for v in value]
-    return float(f"{value:.5g}") if isinstance(value, float) and math.isfinite(value) else value
-
-
-def added(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """`new` with what `old` has beyond it: rows of other points, fits of other models; fits are made of all rows."""
-    whole = {**new, "matrix_tflops": old["matrix_tflops"] | new["matrix_tflops"]}
-    for what, identity in (("rows", (*SAME, "batch")), ("fits", SAME), ("out_of_memory", (*SAME, "batch"))):
-        entries = {tuple(rounded([e[k] for k in identity])): e for e in old[what] + new[what]}
-        whole[what] = [entries[name] for name in sorted(entries)]
-    for f in whole["fits"]:
-        f |= fitted([r for r in whole["rows"] if rounded([r[k] for k in SAME]) == rounded([f[k] for k in SAME])])
-    return whole
 
 
 @click.command(help=__doc__)
 @click.option("--models", help="Such as '192x12:4,8,12 vit_small'.  [default: by the machine]")
-@click.option("--configs", multiple=True, type=click.Path(), help="Presets to measure instead; several allowed.")
-@click.option("--batches", help="Such as 32,128,512.  [default: by the machine; a preset's own]")
+@click.option("--configs", multiple=True, type=click.Path(), help="Configurations to measure instead; several allowed.")
+@click.option("--batches", help="Such as 32,128,512.  [default: by the machine; with --configs 1/4, 1/2, 1 of theirs]")
 @click.option("--precisions", default="auto", show_default=True, help="Such as fp32,bf16.")
 @click.option("--sizes", default="32", show_default=True, help="Picture sizes in pixels, such as 32,224.")
 @click.option("--quick", is_flag=True, help="Two small models, three batches, 5 steps and 3 s a point.")
 @click.option("--sustained", "minutes", type=float, default=0.0, help="Then run the first model for so many minutes.")
-@click.option("--launches", "count", is_flag=True, help="Count the real launches too (CUDA).")
 @click.option("--add", is_flag=True, help="Keep what the file holds of other models and batches.")
 @click.option("--out", type=click.Path(path_type=Path), default=RESULTS / "throughput", show_default=True)
 @friendly
 def main(models: str | None, configs: tuple[str, ...], batches: str | None, precisions: str, sizes: str, quick: bool,
-         minutes: float, count: bool, add: bool, out: Path) -> None:
+         minutes: float, add: bool, out: Path) -> None:
     backend.set_cache_limit()
     here = "quick" if quick else "cpu" if backend.kind() == "cpu" else "gpu"
     chosen = plan(models or ("" if configs else MODELS[here]), configs, precisions, sizes)
     numbers = whole_numbers(batches) if batches else None if configs else whole_numbers(BATCHES[here])
     effort = {"steps": 5, "seconds": 3.0, "window": 1} if quick else {"steps": 30, "seconds": 10.0}
-    device, file = facts(), timing.throughput_file(out)
-    document: dict[str, Any] = {"machine": file.stem, "device": device, "quick": quick, "matrix_tflops": {}, "rows": [],
-                                "fits": [], "out_of_memory": [], "sustained": None}
-    old = read_json(file) if add and file.is_file() else None
-    out.mkdir(parents=True, exist_ok=True)
+    document, file = timing.document(facts()), timing.throughput_file(out)
+    old = timing.recorded(file) if add else timing.document(document["device"])
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
 
     def save() -> None:
-        write_atomically(file, json.dumps(rounded(added(old, dict(document)) if old else document), indent=1))
+        timing.write(file, timing.merged(old, document))
 
     try:
-        sweep(chosen, numbers, effort, count, document, save, console.print)
+        sweep(chosen, numbers, effort, quick, document, save, console.print)
         if minutes:
-            document["sustained"] = sustained(timing.with_batch(chosen[0], numbers[-1] if numbers else 32), minutes)
+            longer = timing.with_batch(chosen[0], numbers[-1]) if numbers else chosen[0]
+            document["sustained"] = sustained(longer, minutes)
             console.print("{it_s_cold:.3g} it/s cold, {it_s_settled:.3g} settled".format(**document["sustained"]))
     except KeyboardInterrupt:
         console.print("stopped; what was done is kept")

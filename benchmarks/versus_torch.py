@@ -25,19 +25,19 @@ import click
 import mlx.core as mx
 from rich.console import Console
 from rich.table import Table
-from throughput import facts, out_of_memory, plan, rounded, whole_numbers
+from throughput import facts, out_of_memory, plan, whole_numbers
 
 from mlx_hjepa import backend
 from mlx_hjepa.analyze import timing
 from mlx_hjepa.analyze.timing import Row
 from mlx_hjepa.cli import friendly
 from mlx_hjepa.config import Config
-from mlx_hjepa.run import RESULTS, UserError, read_json, write_atomically
+from mlx_hjepa.run import RESULTS, UserError, read_json
 from mlx_hjepa.train.step import Step
 
 ROWS = {"default": ("192x12:4,8,12 384x6:2,4,6 384x12:4,8,12", "32,128,512"), "tiny": ("64x4:2,4 128x6:2,4,6", "16,64")}
 DEVICES = {"cuda": "cuda", "metal": "mps", "cpu": "cpu"}
-MODES = {"cuda": "default,reduce-overhead", "metal": "eager,default", "cpu": "eager"}
+MODES = {"cuda": "default,reduce-overhead", "metal": "eager,default", "cpu": "eager,default"}
 MEMORY = {"cuda": "the most that arrays held", "metal": "MLX: the most that arrays held; torch: the driver's pool",
           "cpu": "MLX: the most that arrays held; torch: how much its process grew"}
 IDENTITY = ("model", "levels", "batch", "precision", "image_size", "torch_mode")
@@ -178,14 +178,13 @@ def main(rows: str, models: str | None, configs: tuple[str, ...], batches: str |
     file = timing.throughput_file(out)
     document = {"machine": file.stem, "device": facts(), "memory": MEMORY[backend.kind()], "failed": [], "rows": []}
     old = read_json(file)["rows"] if add and file.is_file() else []
-    out.mkdir(parents=True, exist_ok=True)
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
 
     def save() -> None:
-        new = {tuple(rounded([r[k] for k in IDENTITY])) for r in document["rows"]}
+        new = {tuple(timing.rounded([r[k] for k in IDENTITY])) for r in document["rows"]}
         whole = [r for r in old if tuple(r[k] for k in IDENTITY) not in new] + document["rows"]
         mean = statistics.geometric_mean([r["ratio"] for r in best(whole)]) if whole else None
-        write_atomically(file, json.dumps(rounded(document | {"rows": whole, "geometric_mean": mean}), indent=1))
+        timing.write(file, document | {"rows": whole, "geometric_mean": mean})
 
     try:
         for sized in (timing.with_batch(c, n) for c in chosen for n in (numbers or [c.training.batch])):

@@ -1,7 +1,9 @@
 """FLOPs against the graph, fits, projections, budgets, chips, and what the benchmarks write."""
 
+import itertools
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 
 import mlx_hjepa
 from mlx_hjepa import config
-from mlx_hjepa.analyze import chips, timing
+from mlx_hjepa.analyze import chips, projection, timing
 from mlx_hjepa.model import vit
 from mlx_hjepa.model.hjepa import HJEPA, key_of, smooth_l1
 from mlx_hjepa.run import UserError
@@ -21,6 +23,7 @@ from mlx_hjepa.train.step import Step
 
 ROOT = Path(mlx_hjepa.__file__).resolve().parent.parent
 PRESETS = {file.stem: config.load(file) for file in sorted((ROOT / "configs").rglob("*.yaml"))}
+KIND = {"kind": "cpu", "threads": 2, "gpu_cores": None}
 DESIGN_ROW = {"model", "levels", "batch", "precision", "image_size", "it_s", "img_s", "tflops", "peak_gb", "kernels"}
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -29,8 +32,8 @@ import throughput  # noqa: E402
 
 def rows_of(a, b, batches, noise=0.0, **more):
     """Rows of a made machine: t = a + b * B, alternately a little slower and faster."""
-    return [{"batch": n, "it_s": 1 / ((a + b * n) * (1 + noise * (-1) ** i)), "spread": 0.01, **more}
-            for i, n in enumerate(batches)]
+    return [{"batch": n, "it_s": 1 / ((a + b * n) * (1 + noise * (-1) ** i)), "spread": 0.01, "quick": False,
+             "device": "a chip", **more} for i, n in enumerate(batches)]
 
 
 # ---------------------------------------------------------------- FLOPs
@@ -118,35 +121,42 @@ def test_a_measurement_is_found_by_its_model_alone(tmp_path, tiny_config):
     c, file = tiny_config(), tmp_path / "machine.json"
     assert timing.measured(c, file) is None
     entry = timing.key(c)
-    costs = {"first_step": 1.0, "health": 2.0, "knn": 3.0, "checkpoint": 4.0}
+    costs = timing.Costs(1.0, 2.0, 3.0, 4.0, 5.0, 6.0)
     rows = rows_of(0.01, 0.001, [4, 8, 16], **entry)
-    file.write_text(json.dumps({"rows": rows, "fits": [{**entry, "costs": costs}]}))
+    file.write_text(json.dumps({"rows": rows, "fits": [{**entry, "costs": costs._asdict()}]}))
     found = timing.measured(c, file)
     assert (found.a, found.b) == (pytest.approx(0.01), pytest.approx(0.001))
-    assert found.costs == timing.Costs(1.0, 2.0, 3.0, 4.0)
+    assert found.costs == costs
+    assert found.basis == "the fit of benchmarks/throughput.py on a chip, batch 4, 8, 16"
     for other in ({"model": {"levels": [2]}}, {"training": {"precision": "bf16"}}, {"masking": {"context_tokens": 8}}):
         assert timing.measured(tiny_config(**other), file) is None
     file.write_text("{")
     with pytest.raises(UserError, match="damaged"):
         timing.measured(c, file)
+    older = [{k: v for k, v in row.items() if k != "quick"} for row in rows]
+    file.write_text(json.dumps({"device": {**KIND, "name": "a chip"}, "rows": older, "fits": [{**entry, "costs": {}}]}))
+    assert timing.measured(c, file) is None
 
 
 # ---------------------------------------------------------------- projections and budgets
 
 
-def speed(a, b, interval=0.1, costs=None):
+def speed(a, b, interval=0.1, costs=timing.UNKNOWN):
     return timing.Fit(a, b, interval, costs)
 
 
 def test_a_projection_adds_up(tiny_config):
     c = tiny_config(data={"dataset": "cifar10", "image_size": 32}, training={"batch": 500, "epochs": 10},
                     logging={"health_every": 2, "knn_every": 5}, checkpoints={"every_epochs": 4, "every_minutes": 1e6})
-    p = timing.project(c, speed(0.1, 0.0002, costs=timing.Costs(30, 2, 5, 1)))
+    # 5,000 held out, 10,000 in the bank; a health check is 5000 * (0.0002 + 0.0001) + 0.5 s, a probe 3 + 2 s
+    costs = timing.Costs(first_step=30, encode=2e-4, check=0.5, feature_statistics=1e-4, knn_search=4e-8, checkpoint=1)
+    p = timing.project(c, speed(0.1, 0.0002, costs=costs))
     assert p.steps == 1_000
     # health at 0, 2, 4, 6, 8, 10; k-NN at 5, 10; checkpoints at 4, 5, 8, 10
     assert p.parts == pytest.approx({"training": 200, "first_step": 30, "health": 12, "knn": 10, "checkpoint": 4})
     assert p.mid == pytest.approx(256)
     assert (p.low, p.high) == (pytest.approx(0.9 * 256), pytest.approx(1.1 * 256))
+    assert (p.estimated, p.not_counted) == ([], [])
     assert timing.project(c, speed(0.1, 0.0002), epochs=20).parts["training"] == pytest.approx(400)
     assert timing.project(c, speed(0.1, 0.0002), pictures=5_000).steps == 100
 
@@ -158,6 +168,34 @@ def test_a_projection_without_measured_costs_still_counts_evaluation():
     assert p.parts["checkpoint"] > 0
     assert p.parts["training"] == pytest.approx(20 * 195 * 0.256)
     assert p.mid < 1.3 * p.parts["training"]
+    assert p.estimated == ["health", "knn", "checkpoint"]
+    assert p.not_counted == ["first_step", "feature_statistics", "knn_search"]
+    some = timing.project(PRESETS["vit_tiny_20ep"], speed(0.0, 0.001, costs=timing.Costs(first_step=9.0)))
+    assert (some.parts["first_step"], some.not_counted) == (9.0, p.not_counted[1:])
+
+
+def test_costs_scale_with_the_pictures(tiny_config):
+    costs = timing.Costs(0, encode=1e-3, check=0, feature_statistics=0, knn_search=1e-8, checkpoint=0)
+    digits, cifar = (timing.project(tiny_config(data={"dataset": name, "image_size": 16}), speed(0.1, 0, costs=costs))
+                     for name in ("digits", "cifar10"))
+    assert digits.parts["health"] / cifar.parts["health"] == pytest.approx(143 / 5_000)
+    assert digits.parts["knn"] / cifar.parts["knn"] == pytest.approx(
+        (1_437e-3 + 143 * 1_294e-8) / (15 + 5_000 * 10_000e-8))
+
+
+def test_unlabelled_folders_are_not_probed(tiny_config, tmp_path):
+    costs = timing.Costs(0, encode=1.0, check=0, feature_statistics=0, knn_search=0, checkpoint=0)
+
+    def probes(root):
+        c = tiny_config(data={"dataset": "folder", "root": str(root)})
+        return timing.project(c, speed(0.1, 0, costs=costs), pictures=1_000).parts["knn"]
+
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "1.jpg").touch()
+    assert probes(tmp_path) == 0
+    (tmp_path / "train" / "cats").mkdir()
+    assert probes(tmp_path) > 0
+    assert probes(tmp_path / "not here") > 0
 
 
 def test_a_projection_says_what_it_lacks(tiny_config, tmp_path):
@@ -175,7 +213,7 @@ def test_a_budget_gives_presets_batches_and_epochs_that_fit():
     def rate(c):
         return speed(0.01, 1e-12 * timing.flops_per_picture(c).total)
 
-    options = timing.fits(7_200, native, rate)
+    options = projection.fits(7_200, native, rate)
     assert options
     for option in options:
         sized = timing.with_batch(native[option.preset], option.batch)
@@ -183,10 +221,12 @@ def test_a_budget_gives_presets_batches_and_epochs_that_fit():
         assert option.complete == (option.epochs >= native[option.preset].training.epochs)
     first = options[0]
     assert (first.preset, first.batch, first.complete) == ("vit_wide_20ep", 256, True)
-    assert first.overrides() == f"--set training.batch=256 --set training.epochs={first.epochs}"
+    assert first.command(("data.root=a b",)) == (
+        f"mlx-hjepa train vit_wide_20ep --set 'data.root=a b' --set training.batch=256 "
+        f"--set training.epochs={first.epochs}")
     assert not any(o.complete for o in options if o.preset == "vit_small_100ep")
-    assert timing.fits(1, native, rate) == []
-    assert {o.epochs for o in timing.fits(1e9, native, rate, most=150)} == {150}
+    assert projection.fits(1, native, rate) == []
+    assert {o.epochs for o in projection.fits(1e9, native, rate, most=150)} == {150}
 
 
 # ---------------------------------------------------------------- chips
@@ -198,14 +238,42 @@ def test_every_preset_gets_a_band_that_says_it_is_a_projection(chip):
         band = chips.band(c, chip, c.training.batch)
         assert 0 < band.low < band.mid < band.high < 100
         assert band.label.startswith("projection for M")
-    for figure in (chip.peak, chip.memory, chip.matrix, chip.reduction):
-        assert figure is None or (figure.value > 0 and figure.source)
-    assert chip.matrix is None or chip.name.startswith("M5") or chip.matrix.value < 0.86 * chip.peak.value
+    for figure in (chip.peak, chip.memory, *chip.matrix.values(), *filter(None, [chip.reduction])):
+        assert figure.value > 0
+        assert figure.source
+        assert figure.mark in ("computed", "published") or re.match(r"measured|scaled from \d+ GPU cores", figure.mark)
+    assert "fp32" not in chip.matrix or chip.matrix["fp32"].value < 0.86 * chip.peak.value
+
+
+@pytest.mark.parametrize(("chip", "precision", "rate", "mark"), [
+    ("M1 Max", "auto", 7.24, "fp32, a roofline; matrix rate: measured;"),
+    ("M1 Max 24", "auto", 5.43, "fp32, a roofline; matrix rate: scaled from 32 GPU cores;"),
+    ("M2", "fp16", 1.89, "fp16, a roofline; matrix rate: measured, in fp32;"),
+    ("M3 Max", "auto", 8.95, "bf16, a roofline; matrix rate: measured, in fp32;"),
+    ("M3 Max", "fp32", 8.95, "fp32, a roofline; matrix rate: measured;"),
+    ("M3 Ultra", "bf16", 18.9, "bf16, a roofline; matrix rate: measured;"),
+    ("M3 Ultra 60", "fp32", 16.2, "matrix rate: measured;"),
+    ("M4 Pro 16", "fp32", 5.25, "matrix rate: measured;"),
+    ("M5", "auto", 6.5, "bf16, a roofline; matrix rate: measured;"),
+    ("M5", "fp32", 0.68 * 3.76, "fp32, a roofline; matrix rate: not measured, from the peak;"),
+    ("M5 Max", "bf16", 0.68 * 16.2, "matrix rate: not measured, from the peak;")])
+def test_a_band_says_what_its_matrix_rate_is(chip, precision, rate, mark):
+    c = config.load(ROOT / "configs/vit_small_100ep.yaml", [f"training.precision={precision}"])
+    band = chips.band(c, chips.find(chip), 256)
+    assert mark in band.label
+    assert band.label.endswith("share of it that training reaches: assumed; first step: a guess")
+    share = math.sqrt(7) / 7.24  # at width 384
+    assert timing.flops_per_picture(c).total * 256 / band.mid / 1e12 == pytest.approx(rate * share, rel=0.01)
+
+
+def test_half_precision_moves_half_the_bytes():
+    c = PRESETS["vit_tiny_20ep"]
+    assert chips.traffic(c, 2) == chips.traffic(c) / 2
 
 
 def test_an_m1_max_is_calibrated():
     chip = chips.find("Apple M1 Max")
-    assert (chip.cores, chip.memory.value, chip.matrix.value, chip.matrix.measured) == (32, 400, 7.24, True)
+    assert (chip.cores, chip.memory.value) == (32, 400)
     assert chip.peak.value == pytest.approx(10.6, rel=0.01)
     for name in ("vit_tiny_20ep", "vit_small_100ep"):
         c = PRESETS[name]
@@ -213,12 +281,18 @@ def test_an_m1_max_is_calibrated():
         rates = [timing.flops_per_picture(c).total * 256 / t / 1e12 for t in (high, mid, low)]
         assert rates == [pytest.approx(2.0), pytest.approx(math.sqrt(7)), pytest.approx(3.5)]
     small = chips.band(PRESETS["digits_demo"], chip, 8)
-    assert small.mid == pytest.approx(3e-6 * chips.kernels(PRESETS["digits_demo"]))  # launches decide
+    floor = [seconds * chips.kernels(PRESETS["digits_demo"]) for seconds in (3e-6, 5e-6, 10e-6)]
+    assert [small.low, small.mid, small.high] == pytest.approx(floor)  # launches decide
+
+
+@pytest.mark.parametrize("name", ["vit_small_100ep", "vit_wide_20ep", "digits_demo", "m1_max_full_100epoch"])
+def test_a_step_has_about_as_many_kernels_as_the_bands_assume(name):
+    names, copies = throughput.graph(timing.with_batch(PRESETS[name], 4))
+    assert chips.kernels(PRESETS[name]) == pytest.approx(len(names) + copies, rel=0.05)
 
 
 def test_chips_are_found_by_name():
     assert chips.find("m4 max").cores == 40
-    assert chips.find("M1 Max 24").matrix.measured is False
     with pytest.raises(UserError, match=r"Did you mean M1 Max\?"):
         chips.find("M1 Macs")
     with pytest.raises(UserError, match="32 or 24 GPU cores"):
@@ -226,6 +300,7 @@ def test_chips_are_found_by_name():
     c = PRESETS["vit_small_100ep"]
     hours = timing.project(c, chips.Projected(c, chips.find("M1 Max")))
     assert 2.4 < hours.low / 3600 < hours.high / 3600 < 6
+    assert hours.parts["first_step"] == chips.FIRST_STEP
 
 
 # ---------------------------------------------------------------- benchmarks
@@ -240,9 +315,10 @@ def test_a_sweep_writes_rows_of_the_published_format(tiny_config, tmp_path, monk
         return measure(c, *args, **kwargs)
 
     monkeypatch.setattr(timing, "measure", until_8)
-    document = {"matrix_tflops": {"fp32": 0.1}, "rows": [], "fits": [], "out_of_memory": []}
+    document = timing.document({**KIND, "name": "a chip", "commit": "0123456789", "dirty": True})
+    document["matrix_tflops"]["fp32"] = 0.1
     c, kept = tiny_config(), []
-    throughput.sweep([c], [2, 4, 8, 16], {"steps": 3, "seconds": 0.0, "window": 1}, False, document,
+    throughput.sweep([c], [2, 4, 8, 16], {"steps": 3, "seconds": 0.0, "window": 1}, True, document,
                      lambda: kept.append(1), lambda _: None)
     assert kept == [1]
     assert [row["batch"] for row in document["rows"]] == [2, 4]
@@ -253,14 +329,15 @@ def test_a_sweep_writes_rows_of_the_published_format(tiny_config, tmp_path, monk
         assert row["tflops"] == pytest.approx(timing.flops_per_picture(c).total * row["img_s"] / 1e12)
         assert row["matrix_share"] == pytest.approx(row["tflops"] / 0.1)
         assert row["steps"] >= 3
+        assert (row["device"], row["commit"], row["quick"]) == ("a chip", "0123456+", True)
     (fit,) = document["fits"]
-    assert all(fit["costs"][name] > 0 for name in ("health", "knn", "checkpoint"))
-    text = json.dumps(throughput.rounded({**document, "machine": "m", "quick": True}))
-    shown = throughput.tables(json.loads(text))
-    assert [table.row_count for table in shown] == [2, 1]
-    more = {**document["rows"][0], "batch": 1, "it_s": 2 * document["rows"][0]["it_s"]}
-    merged = throughput.added(json.loads(text), {**document, "rows": [more], "out_of_memory": []})
-    assert [row["batch"] for row in merged["rows"]] == [1, 2, 4]
+    assert all(cost > 0 for cost in fit["costs"].values())
+    old = timing.rounded({**document, "sustained": {"minutes": 10}})
+    assert [table.row_count for table in throughput.tables(old)] == [2, 1]
+    more = {**document["rows"][0], "batch": 1, "it_s": 2 * document["rows"][0]["it_s"], "quick": False}
+    merged = timing.merged(old, {**document, "rows": [more], "out_of_memory": []})
+    assert [(row["batch"], row["quick"]) for row in merged["rows"]] == [(1, False), (2, True), (4, True)]
+    assert merged["sustained"] == {"minutes": 10}
     (whole,) = merged["fits"]
     assert whole["costs"] == fit["costs"]
     assert (whole["b"], list(whole["left_out"])) == (pytest.approx(timing.fit(merged["rows"]).b), [2])
@@ -272,7 +349,9 @@ def test_other_errors_end_the_sweep(tiny_config, monkeypatch):
 
     monkeypatch.setattr(timing, "measure", broken)
     with pytest.raises(RuntimeError, match="shapes"):
-        throughput.sweep([tiny_config()], [2], {}, False, {"matrix_tflops": {"fp32": 1}}, print, print)
+        throughput.sweep([tiny_config()], [2], {}, False, {
+            **timing.document({**KIND, "name": "a chip", "commit": None, "dirty": None}), "matrix_tflops": {"fp32": 1}},
+            print, print)
 
 
 def test_models_are_written_as_words():
@@ -280,11 +359,17 @@ def test_models_are_written_as_words():
     assert (c.model.dim, c.model.depth, c.model.patch, timing.levels_name(c)) == (192, 12, 16, "4,8,12/2")
     assert (c.masking.target_tokens, c.masking.context_tokens) == (76, 76)
     assert timing.levels_name(throughput.model_config("vit_wide")) == "2,4,6"
-    preset, swept = PRESETS["vit_small_100ep"], throughput.model_config("384x12:4,8,12")
-    assert timing.key(preset) == timing.key(swept)  # so that presets are projected from the default sweep
     for wrong in ("192", "vit_huge", "192x12:a", "192x12:4,8"):
         with pytest.raises(config.ConfigError):
             throughput.model_config(wrong)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_native_cifar_preset_is_projected_from_the_default_sweep(file):
+    c = config.load(file)
+    swept = [throughput.model_config(model) for model in throughput.MODELS["gpu"].split()]
+    assert c.data.dataset == "digits" or any(timing.same(timing.key(c), timing.key(s)) for s in swept)
+    assert c.data.dataset == "digits" or c.training.batch in throughput.whole_numbers(throughput.BATCHES["gpu"])
 
 
 def test_kernels_are_nodes_that_are_no_views(tiny_config):
@@ -295,7 +380,7 @@ def test_kernels_are_nodes_that_are_no_views(tiny_config):
     # 2 + 2 encoder blocks and 1 predictor block: qkv, proj, fc1, fc2 forward; twice backward in the trained three
     assert sum(name in ("Matmul", "AddMM") for name in names) >= 5 * 4 + 3 * 8
     assert "Rsqrt" not in names  # norms are one kernel
-    assert copies > 50  # a gradient for each weight
+    assert copies > 40  # a gradient for each weight
     deeper = throughput.graph(tiny_config(model={"depth": 3, "levels": [1, 3]}))
     assert 20 < len(deeper[0]) - len(names) < 100
 
@@ -325,12 +410,33 @@ graph_reduce
 
 def test_twenty_seconds_measure_a_model_that_nobody_measured(tiny_config):
     rows = timing.measure_here(tiny_config(training={"batch": 16}), Step, seconds=1.0)
-    assert [row["batch"] for row in rows[:2]] == [4, 16]
-    assert 0.3 < timing.fit(rows).step(16)[1] * rows[1]["it_s"] < 3  # other programs may run beside
+    assert [row["batch"] for row in rows[:2]] == [2, 8]
+    assert all(row["quick"] for row in rows)
+    assert 0.3 < timing.fit(rows).step(8)[1] * rows[1]["it_s"] < 3  # other programs may run beside
+
+
+@pytest.mark.parametrize(("own", "a_picture", "sizes", "most"), [
+    (256, 1e-4, [2, 8, 32, 128, 256], 20), (256, 0.08, [2, 8, 16], 22), (24, 0.3, [2, 8], 25), (1, 0.1, [1, 2], 10),
+    (64, 3.0, [2, 4], 91)])  # the last cannot be measured in less: two steps to warm up, two to measure, at each size
+def test_twenty_seconds_are_kept_on_slow_machines(tiny_config, monkeypatch, own, a_picture, sizes, most):
+    """A clock that only the steps move: 0.05 s a step and so much a picture, 5 s more for the first."""
+    now = [0.0]
+
+    def pulses(c, _):
+        for extra in itertools.chain([5.0], itertools.repeat(0.0)):
+            now[0] += (seconds := 0.05 + a_picture * c.training.batch + extra)
+            yield seconds
+
+    monkeypatch.setattr(timing, "pulses", pulses)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    rows = timing.measure_here(tiny_config(training={"batch": own}), Step)
+    assert [row["batch"] for row in rows] == sizes
+    assert now[0] - 5 * len(rows) < most
+    assert timing.fit(rows).step(256)[1] == pytest.approx(0.05 + 256 * a_picture)
 
 
 def test_machines_have_file_names():
-    cpu = {"kind": "cpu", "name": "AMD EPYC 9B14 (R)", "threads": 2, "gpu_cores": None}
+    cpu = {**KIND, "name": "AMD EPYC 9B14 (R)"}
     assert timing.machine_name(cpu) == "amd-epyc-9b14-2-threads"
     assert timing.machine_name({**cpu, "kind": "cuda", "name": "NVIDIA H100 80GB HBM3"}) == "nvidia-h100-80gb-hbm3"
     metal = {**cpu, "kind": "metal", "name": "Apple M1 Max", "gpu_cores": 32}

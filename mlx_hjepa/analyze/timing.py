@@ -1,15 +1,17 @@
-"""How long training takes: FLOPs, measured steps, the fit t = a + b * B, projections, and what a budget allows.
+"""How long training takes: FLOPs, measured steps, the fit t = a + b * B, and what a run costs by it.
 
 A row is one measured point as results/throughput/<machine>.json holds it (docs/performance.md names its keys).
 """
 
 from __future__ import annotations
 
+import json
+import math
 import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -21,13 +23,14 @@ from mlx_hjepa.config import Config
 from mlx_hjepa.data.dataset import Pictures
 from mlx_hjepa.data.source import batches
 from mlx_hjepa.model.hjepa import HJEPA, key_of
-from mlx_hjepa.run import RESULTS, UserError, read_json
+from mlx_hjepa.run import RESULTS, UserError, read_json, write_atomically
 from mlx_hjepa.schedule import Schedule
 
 PICTURES = {"cifar10": 50_000, "cifar100": 50_000, "digits": 1_437}  # of the training splits
-HEALTH_PICTURES, VALIDATION, BANK = 512, 5_000, 10_000  # what a health check and the online k-NN encode
+HEALTH_PICTURES, VALIDATION, BANK = 512, 5_000, 10_000  # what a health check and the online k-NN encode at most
 DISK = 0.5e9  # bytes a second of a checkpoint, hashed and synced, where none was measured
 STEPS = 1_000_000
+POINT = ("model", "levels", "precision", "image_size", "gflop")  # rows with these in common have one fit
 Row = dict[str, Any]
 
 
@@ -41,19 +44,28 @@ class Flops(NamedTuple):
 
 
 class Costs(NamedTuple):
-    """Seconds of what is not a step: the first step's compilation, one health check, one k-NN probe, one checkpoint."""
+    """Seconds of what is not a step; None where nobody measured it."""
 
-    first_step: float = 0.0
-    health: float = 0.0
-    knn: float = 0.0
-    checkpoint: float = 0.0
+    first_step: float | None = None  # with its compilation
+    encode: float | None = None  # a picture, for the health check and the k-NN probe
+    check: float | None = None  # loss and baseline of a health check
+    feature_statistics: float | None = None  # a picture's share of the feature statistics
+    knn_search: float | None = None  # a query and a picture of the bank
+    checkpoint: float | None = None
+
+
+UNKNOWN = Costs()
+NEEDS = {"health": ("encode", "check"), "knn": ("encode",), "checkpoint": ("checkpoint",)}  # what can be estimated
 
 
 class Speed(Protocol):
-    """What `project` asks: seconds a step (low, mid, high) at a batch size, and the costs, None if not measured."""
+    """What `project` asks: seconds a step (low, mid, high) at a batch size, the costs, and what both rest on."""
 
     @property
-    def costs(self) -> Costs | None: ...
+    def costs(self) -> Costs: ...
+
+    @property
+    def basis(self) -> str: ...
 
     def step(self, batch: int) -> tuple[float, float, float]: ...
 
@@ -133,19 +145,20 @@ def pulses(config: Config, make_step: Callable[..., Any]) -> Iterator[float]:
 
 
 def measure(config: Config, make_step: Callable[..., Any], steps: int = 30, seconds: float = 10.0,
-            window: int = 5) -> Row:
+            window: int = 5, limit: float = math.inf) -> Row:
     """One row: the step's rate at the configuration's batch size, over at least `steps` steps and `seconds`.
 
     Before that it warms up until the medians of two windows of steps agree within 5 %, for `seconds` at most. it_s is
     the median of up to ten groups of steps, spread half their range from the 10th to the 90th percentile, relative.
+    limit: seconds after which, warm-up included, two steps are enough.
     """
     mx.clear_cache()
     beat = pulses(config, make_step)
     first = next(beat)
     mx.reset_peak_memory()
-    _warm_up(beat, window, seconds)
+    limit -= _warm_up(beat, window, seconds)
     times: list[float] = []
-    while len(times) < steps or sum(times) < seconds:
+    while len(times) < 2 or (sum(times) < limit and (len(times) < steps or sum(times) < seconds)):
         times.append(next(beat))
     beat.close()  # type: ignore[attr-defined]
     groups = [float(part.mean()) for part in np.array_split(times, min(10, len(times)))]
@@ -156,13 +169,14 @@ def measure(config: Config, make_step: Callable[..., Any], steps: int = 30, seco
             "first_step_s": first, "steps": len(times)}
 
 
-def _warm_up(beat: Iterator[float], window: int, limit: float) -> None:
+def _warm_up(beat: Iterator[float], window: int, limit: float) -> float:
     times = [next(beat) for _ in range(2 * window)]
     while sum(times) < limit:
         before, now = statistics.median(times[-2 * window:-window]), statistics.median(times[-window:])
         if abs(now / before - 1) < 0.05:
-            return
+            break
         times.append(next(beat))
+    return sum(times)
 
 
 def with_batch(config: Config, batch: int) -> Config:
@@ -172,18 +186,25 @@ def with_batch(config: Config, batch: int) -> Config:
 
 
 def measure_here(config: Config, make_step: Callable[..., Any], seconds: float = 20.0) -> list[Row]:
-    """Rows for a first `fit`, in about `seconds` of steps (compilation comes on top): batches of 8, 32, 128 ... as far
-    as the next still fits, at most the configuration's own."""
+    """Rows for a first `fit`, in about `seconds` of steps (compilation comes on top): batch sizes from 2, each four or
+    two times the last, up to the configuration's own, while five steps at the last's rate still fit; two at least."""
     rows: list[Row] = []
-    batch, left = min(8, max(1, config.training.batch // 4)), seconds
-    while batch <= config.training.batch:
+    batch, left, mark = min(2, max(1, config.training.batch // 4)), seconds, stamp(backend.environment(), True)
+    while True:
         began = time.perf_counter()
-        rows.append(measure(with_batch(config, batch), make_step, 5, seconds / 8, 1))
+        limit = left if rows else left / 2
+        rows.append(measure(with_batch(config, batch), make_step, 5, seconds / 8, 1, limit) | mark)
         left -= time.perf_counter() - began - rows[-1]["first_step_s"]
-        batch *= 4
-        if len(rows) > 1 and left < 8 * batch / rows[-1]["img_s"]:
-            break
-    return rows
+        most = min(config.training.batch, rows[-1]["img_s"] * left / 5)
+        batch *= 4 if 4 * batch <= most else 2
+        if batch > most and len(rows) > 1:
+            return rows
+
+
+def stamp(environment: dict[str, Any], quick: bool) -> Row:
+    """What tells a row's origin: device, commit (+ where files had changed), and whether it was a quick look."""
+    commit = environment["commit"] and environment["commit"][:7] + "+" * bool(environment["dirty"])
+    return {"device": environment["name"], "commit": commit, "quick": quick}
 
 
 # ---------------------------------------------------------------- fitted
@@ -197,14 +218,15 @@ class Fit:
     a: float
     b: float
     interval: float
-    costs: Costs | None = None
+    costs: Costs = UNKNOWN
+    basis: str = ""
 
     def step(self, batch: int) -> tuple[float, float, float]:
         t = self.a + self.b * batch
         return t * (1 - self.interval), t, t * (1 + self.interval)
 
 
-def fit(rows: list[Row], costs: Costs | None = None) -> Fit:
+def fit(rows: list[Row]) -> Fit:
     """The Fit of one model's rows, by least squares of the relative error, with a >= 0.
 
     interval: twice the root of the residuals' variance plus the median spread squared, at least 3 %, and 10 % from two
@@ -222,7 +244,7 @@ def fit(rows: list[Row], costs: Costs | None = None) -> Fit:
     variance = float(((a + b * batch) / t - 1) @ ((a + b * batch) / t - 1)) / max(1, len(t) - 2)
     spread = statistics.median(r.get("spread", 0.0) for r in rows)
     interval = max(0.03 if len(t) > 2 else 0.10, 2 * (variance + spread**2) ** 0.5)
-    return Fit(float(a), float(b), min(interval, 0.9), costs)
+    return Fit(float(a), float(b), min(interval, 0.9))
 
 
 def left_out(rows: list[Row]) -> dict[int, float]:
@@ -230,6 +252,9 @@ def left_out(rows: list[Row]) -> dict[int, float]:
     rows = sorted(rows, key=lambda r: r["batch"])
     return {row["batch"]: fit([r for r in rows if r is not row]).step(row["batch"])[1] * row["it_s"] - 1
             for row in rows[1:-1] if len(rows) > 2}
+
+
+# ---------------------------------------------------------------- kept
 
 
 def machine_name(device: dict[str, Any]) -> str:
@@ -241,24 +266,68 @@ def machine_name(device: dict[str, Any]) -> str:
 
 
 def throughput_file(folder: Path = RESULTS / "throughput") -> Path:
-    """Where this machine's measurements are."""
+    """This machine's file."""
     return folder / f"{machine_name(backend.device())}.json"
 
 
+def document(environment: dict[str, Any]) -> dict[str, Any]:
+    """What a machine's file holds, without measurements."""
+    return {"machine": machine_name(environment), "device": environment, "matrix_tflops": {}, "rows": [], "fits": [],
+            "out_of_memory": [], "sustained": None}
+
+
+def recorded(file: Path) -> dict[str, Any]:
+    """A machine's file; nothing measured where there is none, or one of an older layout. Raises UserError: damaged."""
+    found = read_json(file) if file.is_file() else document(backend.device())
+    return found if all("quick" in row for row in found["rows"]) else document(backend.device())
+
+
+def same(a: Row, b: Row) -> bool:
+    """Whether two rows, fits or keys are of one model, in one precision and picture size."""
+    return all(a[k] == b[k] for k in POINT[:-1]) and abs(a["gflop"] / b["gflop"] - 1) < 0.01
+
+
+def fitted(rows: list[Row], costs: Costs, launches: float | None = None) -> Row:
+    """One model's entry among a document's fits."""
+    found = fit(rows)
+    return {**{k: rows[0][k] for k in POINT}, "a": found.a, "b": found.b, "interval": found.interval,
+            "left_out": left_out(rows), "costs": costs._asdict(), "launches": launches}
+
+
+def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """`new` with what `old` has beyond it: rows of other points, fits of other models; fits are made of all rows."""
+    whole = {**new, "matrix_tflops": old["matrix_tflops"] | new["matrix_tflops"],
+             "sustained": new["sustained"] or old["sustained"]}
+    for what, identity in (("rows", (*POINT, "batch")), ("fits", POINT), ("out_of_memory", (*POINT, "batch"))):
+        entries = {tuple(rounded([e[k] for k in identity])): e for e in old[what] + new[what]}
+        whole[what] = [entries[name] for name in sorted(entries)]
+    for f in whole["fits"]:
+        f |= fitted([r for r in whole["rows"] if same(r, f)], Costs(**f["costs"]), f["launches"])
+    return whole
+
+
+def rounded(value: Any) -> Any:
+    """A JSON value with its numbers to five digits that count."""
+    return json.loads(json.dumps(value), parse_float=lambda digits: float(f"{float(digits):.5g}"))
+
+
+def write(file: Path, contents: dict[str, Any]) -> None:
+    """Write a machine's file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, json.dumps(rounded(contents), indent=1))
+
+
 def measured(config: Config, file: Path) -> Fit | None:
-    """The fit of this configuration's model from a file of benchmarks/throughput.py; None where it was not measured (at
-    two batch sizes at least). Raises UserError when the file is damaged."""
-    if not file.is_file():
+    """A configuration's fit from a machine's file; None below two batch sizes. Raises UserError: a damaged file."""
+    found, wanted = recorded(file), key(config)
+    rows = [r for r in found["rows"] if same(r, wanted)]
+    sizes = sorted({r["batch"] for r in rows})
+    if len(sizes) < 2:
         return None
-    document, wanted = read_json(file), key(config)
-
-    def same(entry: Row) -> bool:
-        return (all(entry.get(k) == wanted[k] for k in ("model", "levels", "precision", "image_size"))
-                and abs(entry["gflop"] / wanted["gflop"] - 1) < 0.01)
-
-    rows = [r for r in document["rows"] if same(r)]
-    costs = next((Costs(**f["costs"]) for f in document["fits"] if same(f) and f.get("costs")), None)
-    return fit(rows, costs) if len({r["batch"] for r in rows}) > 1 else None
+    costs = next((Costs(**f["costs"]) for f in found["fits"] if same(f, wanted)), UNKNOWN)
+    quick = any(r["quick"] for r in rows)
+    basis = "a guess from a few seconds of steps" if quick else "the fit of benchmarks/throughput.py"
+    return replace(fit(rows), costs=costs, basis=f"{basis} on {rows[-1]['device']}, batch {str(sizes)[1:-1]}")
 
 
 # ---------------------------------------------------------------- projected
@@ -266,7 +335,10 @@ def measured(config: Config, file: Path) -> Fit | None:
 
 @dataclass(frozen=True)
 class Projection:
-    """Seconds of a whole run; `parts` are those of mid: training, first_step, health, knn, checkpoint."""
+    """Seconds of a whole run; `parts` are those of mid: training, first_step, health, knn, checkpoint.
+
+    estimated: parts whose costs were not measured but computed; not_counted: costs that are in no part.
+    """
 
     low: float
     mid: float
@@ -274,17 +346,23 @@ class Projection:
     parts: dict[str, float]
     epochs: int
     steps: int
+    estimated: list[str]
+    not_counted: list[str]
 
 
-def estimated_costs(config: Config, speed: Speed, pictures: int) -> Costs:
+def estimated_costs(config: Config, speed: Speed) -> Costs:
     """Costs from the step's own rate, where none were measured: encoding by its FLOPs, a checkpoint by its bytes."""
-    held = min(VALIDATION, pictures // 10)
     flops, batch = flops_per_picture(config), config.training.batch
     picture = speed.step(batch)[1] / batch
-    forward = picture * flops.target / flops.total
     encoder, predictor = parameters(config)
-    health = held * forward + min(HEALTH_PICTURES, pictures) * picture / 2
-    return Costs(0.0, health, min(held + BANK, pictures) * forward, (16 * encoder + 12 * predictor) / DISK)
+    return Costs(encode=picture * flops.target / flops.total, check=HEALTH_PICTURES * picture / 2,
+                 checkpoint=(16 * encoder + 12 * predictor) / DISK)
+
+
+def labelled(config: Config) -> bool:
+    """Whether the pictures have classes, so that k-NN probes them; a folder that is not here is taken to have."""
+    root = Path(config.data.root or "").expanduser()
+    return config.data.dataset != "folder" or not root.is_dir() or any(p.is_dir() for p in root.glob("train/*"))
 
 
 def project(config: Config, speed: Speed, epochs: int | None = None, pictures: int | None = None) -> Projection:
@@ -298,54 +376,25 @@ def project(config: Config, speed: Speed, epochs: int | None = None, pictures: i
     epochs, per_epoch = epochs or c.training.epochs, pictures // c.training.batch
     if not per_epoch:
         raise UserError(f"training.batch {c.training.batch} is larger than the {pictures} training pictures")
-    low, mid, high = speed.step(c.training.batch)
-    total, costs = epochs * per_epoch, speed.costs or estimated_costs(c, speed, pictures)
+    (low, mid, high), total = speed.step(c.training.batch), epochs * per_epoch
 
     def due(every: float) -> set[int]:
         return {*range(period, total, period), total} if (period := round(every * per_epoch)) else set()
 
-    checks, probes = due(c.logging.health_every), due(c.logging.knn_every)
+    checks, probes = due(c.logging.health_every), due(c.logging.knn_every) if labelled(c) else set()
     saves = due(c.checkpoints.every_epochs) | probes | {total}  # each probe may be the best yet
     gap = total * mid / len(saves) / (60 * c.checkpoints.every_minutes)
-    parts = {"training": total * mid, "first_step": costs.first_step, "health": (1 + len(checks)) * costs.health,
-             "knn": len(probes) * costs.knn, "checkpoint": len(saves) * (1 + int(gap)) * costs.checkpoint}
+    known, guess = speed.costs._asdict(), estimated_costs(c, speed)._asdict()
+    costs = {name: guess[name] if value is None else value for name, value in known.items()}
+    cost = {name: value or 0.0 for name, value in costs.items()}
+    held = min(VALIDATION, pictures // 10)
+    bank = min(BANK, pictures - held)
+    parts = {
+        "training": total * mid, "first_step": cost["first_step"],
+        "health": (1 + len(checks)) * (held * (cost["encode"] + cost["feature_statistics"]) + cost["check"]),
+        "knn": len(probes) * ((held + bank) * cost["encode"] + held * bank * cost["knn_search"]),
+        "checkpoint": len(saves) * (1 + int(gap)) * cost["checkpoint"]}
     whole = sum(parts.values())
-    return Projection(whole * low / mid, whole, whole * high / mid, parts, epochs, total)
-
-
-# ---------------------------------------------------------------- budgeted
-
-
-@dataclass(frozen=True)
-class Option:
-    """A preset that fits a budget: its name, a batch size and as many epochs as fit."""
-
-    preset: str
-    batch: int
-    epochs: int
-    projection: Projection
-    complete: bool  # at least the preset's own epochs
-
-    def overrides(self) -> str:
-        return f"--set training.batch={self.batch} --set training.epochs={self.epochs}"
-
-
-def fits(budget: float, presets: dict[str, Config], speed: Callable[[Config], Speed],
-         scales: tuple[float, ...] = (0.5, 1, 2), most: int = 300) -> list[Option]:
-    """What fits into `budget` seconds, even at the projection's high end; the best first.
-
-    presets: by name; speed: a configuration's Speed here; scales: batch sizes to try, as multiples of the preset's own;
-    most: no more epochs than these. First comes what reaches its preset's epochs, then the larger model, then the
-    preset's own batch.
-    """
-    options = []
-    for name, config in presets.items():
-        rate = speed(config)
-        for batch in {max(1, round(config.training.batch * s)) for s in scales}:
-            sized = with_batch(config, batch)
-            least = int(config.training.warmup_epochs) + 1
-            tries = (project(sized, rate, epochs) for epochs in range(most, least - 1, -1))
-            if done := next((p for p in tries if p.high <= budget), None):
-                options.append(Option(name, batch, done.epochs, done, done.epochs >= config.training.epochs))
-    return sorted(options, reverse=True, key=lambda o: (
-        o.complete, flops_per_picture(presets[o.preset]).total, o.batch == presets[o.preset].training.batch, o.epochs))
+    return Projection(whole * low / mid, whole, whole * high / mid, parts, epochs, total,
+                      [part for part, needs in NEEDS.items() if any(known[name] is None for name in needs)],
+                      [name for name, value in costs.items() if value is None])
