@@ -50,7 +50,7 @@ class Block(nn.Module):
     def __init__(self, dim: int, hidden: int, head_dim: int):
         super().__init__()
         self.heads = dim // head_dim
-        self.norm1, self.norm2 = (nn.LayerNorm(dim, EPS, elementwise_affine=False) for _ in range(2))
+        self.norm1, self.norm2 = nn.LayerNorm(dim, EPS), nn.LayerNorm(dim, EPS)
         self.attn = nn.ModuleDict({"qkv": nn.Linear(dim, 3 * dim), "proj": nn.Linear(dim, dim)})
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, hidden), "fc2": nn.Linear(hidden, dim)})
 
@@ -91,8 +91,7 @@ class Predictor(nn.Module):
         self.embed = nn.ModuleList(nn.Linear(dim, p.dim, bias=i == 0) for i in range(sources))
         self.mask_token = nn.Parameter(torch.randn(p.dim) * 0.02)
         self.blocks = nn.ModuleList(Block(p.dim, round(p.dim * c.model.mlp_ratio), p.head_dim) for _ in range(p.depth))
-        self.norm = nn.LayerNorm(p.dim, EPS, elementwise_affine=False)
-        self.heads = nn.Linear(p.dim, self.levels * dim)
+        self.norm, self.heads = nn.LayerNorm(p.dim, EPS), nn.Linear(p.dim, self.levels * dim)
         self.register_buffer("place", torch.from_numpy(positions(c.grid, p.dim)), persistent=False)
 
     def forward(self, context: list[Tensor], seen: Tensor, wanted: Tensor) -> Tensor:

@@ -109,11 +109,11 @@ def test_ema_moves_after_the_update_by_that_steps_momentum(tiny_config):
     assert np.abs(np.array(state.target) - expected).max() < 1e-7
 
 
-def test_biases_and_tokens_are_not_decayed(tiny_config):
+def test_biases_norms_and_tokens_are_not_decayed(tiny_config):
     layout = step_of(tiny_config()).layout
     decayed = layout.decayed()
     for name, (a, b) in layout.places.items():
-        assert set(decayed[a:b]) == {int(name.endswith("weight"))}, name
+        assert set(decayed[a:b]) == {int(name.endswith("weight") and "norm" not in name)}, name
 
 
 def test_layout_packs_and_views_without_loss(tiny_config):

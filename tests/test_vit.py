@@ -18,21 +18,21 @@ def reference(w, x, heads, depth):
     """The same network in float64 NumPy, written out."""
     w = {k: np.array(v, np.float64) for k, v in w.items()}
 
-    def norm(h):
+    def norm(h, scale=1.0, shift=0.0):
         centred = h - h.mean(-1, keepdims=True)
-        return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6)
+        return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) * scale + shift
 
     outputs = []
     for i in range(depth):
         p = f"blocks.{i}"
-        y = norm(x) @ w[f"{p}.attn.qkv.weight"] + w[f"{p}.attn.qkv.bias"]
+        y = norm(x, w[f"{p}.norm1.weight"], w[f"{p}.norm1.bias"]) @ w[f"{p}.attn.qkv.weight"] + w[f"{p}.attn.qkv.bias"]
         b, n, d = x.shape
         q, k, v = y.reshape(b, n, 3, heads, d // heads).transpose(2, 0, 3, 1, 4)
         scores = q @ k.transpose(0, 1, 3, 2) / math.sqrt(d // heads)
         scores = np.exp(scores - scores.max(-1, keepdims=True))
         y = (scores / scores.sum(-1, keepdims=True) @ v).transpose(0, 2, 1, 3).reshape(b, n, d)
         x = x + y @ w[f"{p}.attn.proj.weight"] + w[f"{p}.attn.proj.bias"]
-        y = norm(x) @ w[f"{p}.mlp.fc1.weight"] + w[f"{p}.mlp.fc1.bias"]
+        y = norm(x, w[f"{p}.norm2.weight"], w[f"{p}.norm2.bias"]) @ w[f"{p}.mlp.fc1.weight"] + w[f"{p}.mlp.fc1.bias"]
         y = y * 0.5 * (1 + np.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
         x = x + y @ w[f"{p}.mlp.fc2.weight"] + w[f"{p}.mlp.fc2.bias"]
         outputs.append(x)

@@ -1,7 +1,7 @@
 """What leaves the package: a run's encoder under timm's names and layouts, and the features of a user's own pictures.
 
-timm.models.vision_transformer.VisionTransformer computes the same features: fixed positions become `pos_embed`, and
-the LayerNorms, which have no affine, get weight 1 and bias 0; that which reads every depth is the final `norm`.
+timm.models.vision_transformer.VisionTransformer computes the same features: fixed positions become `pos_embed`, the
+LayerNorm without affine that reads every depth becomes the final `norm` with weight 1 and bias 0, before the mean.
 """
 
 from __future__ import annotations
@@ -60,16 +60,14 @@ def to_timm(weights: Weights, encoder: Encoder) -> Weights:
     p, dim = encoder.patch, encoder.dim
     out = {name: w.T if w.ndim == 2 else w for name, w in weights.items()}
     kernel = weights["patch_embed.proj.weight"].reshape(p, p, 3, dim)
-    norms = [f"blocks.{i}.norm{j}" for i in range(encoder.depth) for j in (1, 2)] + ["norm"]
-    out |= {f"{norm}.weight": mx.ones(dim) for norm in norms} | {f"{norm}.bias": mx.zeros(dim) for norm in norms}
-    return out | {"patch_embed.proj.weight": kernel.transpose(3, 2, 0, 1),
-                  "pos_embed": mx.array(positions(encoder.grid, dim))[None]}
+    return out | {"patch_embed.proj.weight": kernel.transpose(3, 2, 0, 1), "norm.weight": mx.ones(dim),
+                  "norm.bias": mx.zeros(dim), "pos_embed": mx.array(positions(encoder.grid, dim))[None]}
 
 
 def from_timm(weights: Weights) -> Weights:
     """The inverse of `to_timm`."""
     kernel = weights["patch_embed.proj.weight"].transpose(2, 3, 1, 0)
-    out = {n: w for n, w in weights.items() if n != "pos_embed" and "norm" not in n}
+    out = {n: w for n, w in weights.items() if n != "pos_embed" and not n.startswith("norm.")}
     out = {n: mx.contiguous(w.T) if w.ndim == 2 else w for n, w in out.items()}
     return out | {"patch_embed.proj.weight": kernel.reshape(-1, kernel.shape[-1])}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from mlx_hjepa.config import Config
-from mlx_hjepa.model.vit import Weights, block, block_weights, layer_norm, linear_weights, positions
+from mlx_hjepa.model.vit import EPS, Weights, block, block_weights, layer_norm, linear_weights, norm_weights, positions
 
 
 class Predictor:
@@ -31,6 +31,7 @@ class Predictor:
         w["mask_token"] = mx.random.truncated_normal(-2.0, 2.0, (self.dim,), key=keys[-1]) * 0.02
         for i in range(self.depth):
             w |= block_weights(keys[i], self.dim, self.hidden, i + 1, f"blocks.{i}")
+        w |= norm_weights(self.dim, "norm")
         w |= linear_weights(keys[-2], self.dim, self.levels * self.encoder_dim, "heads")
         return w
 
@@ -49,5 +50,6 @@ class Predictor:
         for i in range(self.depth):
             x = block(w, f"blocks.{i}", x, self.heads, fused=False)
         x = mx.split(x, [kc], axis=1)[1]  # not a slice: split's gradient is one concatenation, a slice's is a scatter
-        x = mx.addmm(w["heads.bias"], layer_norm(x), w["heads.weight"])
+        x = mx.fast.layer_norm(x, w["norm.weight"], w["norm.bias"], EPS)
+        x = mx.addmm(w["heads.bias"], x, w["heads.weight"])
         return x.reshape(b, kt, self.levels, self.encoder_dim)

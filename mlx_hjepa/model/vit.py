@@ -23,10 +23,7 @@ Weights = dict[str, mx.array]
 
 
 def layer_norm(x: mx.array) -> mx.array:
-    """LayerNorm without affine over the last axis; statistics in fp32, result in x's dtype.
-
-    A Linear with a bias reads every one of them and can hold any affine; its gradients are what is saved.
-    """
+    """LayerNorm without affine over the last axis; statistics in fp32, result in x's dtype."""
     return mx.fast.layer_norm(x, None, None, EPS)
 
 
@@ -106,9 +103,11 @@ def mlp(w: Weights, prefix: str, x: mx.array) -> mx.array:
 def block(w: Weights, prefix: str, x: mx.array, heads: int, fused: bool, drop=None) -> mx.array:
     """One pre-norm transformer block. `drop` is None or two (B, 1, 1) factors of the residual branches."""
     first, second = drop if drop is not None else (None, None)
-    y = attention(w, f"{prefix}.attn", layer_norm(x), heads, fused)
+    y = mx.fast.layer_norm(x, w[f"{prefix}.norm1.weight"], w[f"{prefix}.norm1.bias"], EPS)
+    y = attention(w, f"{prefix}.attn", y, heads, fused)
     x = x + (y if first is None else y * first)
-    y = mlp(w, f"{prefix}.mlp", layer_norm(x))
+    y = mx.fast.layer_norm(x, w[f"{prefix}.norm2.weight"], w[f"{prefix}.norm2.bias"], EPS)
+    y = mlp(w, f"{prefix}.mlp", y)
     return x + (y if second is None else y * second)
 
 
@@ -122,13 +121,19 @@ def linear_weights(key: mx.array, inputs: int, outputs: int, name: str, scale: f
     return {f"{name}.weight": weight, f"{name}.bias": mx.zeros((outputs,))}
 
 
+def norm_weights(dim: int, name: str) -> Weights:
+    return {f"{name}.weight": mx.ones((dim,)), f"{name}.bias": mx.zeros((dim,))}
+
+
 def block_weights(key: mx.array, dim: int, hidden: int, layer: int, prefix: str) -> Weights:
     """One block's weights. Output projections are scaled by 1/sqrt(2 * layer), layer counted from 1 (as in I-JEPA)."""
     keys = mx.random.split(key, 4)
     scale = 1 / math.sqrt(2 * layer)
     return {
+        **norm_weights(dim, f"{prefix}.norm1"),
         **linear_weights(keys[0], dim, 3 * dim, f"{prefix}.attn.qkv"),
         **linear_weights(keys[1], dim, dim, f"{prefix}.attn.proj", scale),
+        **norm_weights(dim, f"{prefix}.norm2"),
         **linear_weights(keys[2], dim, hidden, f"{prefix}.mlp.fc1"),
         **linear_weights(keys[3], hidden, dim, f"{prefix}.mlp.fc2", scale),
     }

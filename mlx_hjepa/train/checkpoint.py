@@ -14,7 +14,7 @@ import mlx.core as mx
 from mlx_hjepa.run import Run, UserError, digest, read_arrays, read_json, sync_folder, write_atomically
 from mlx_hjepa.train.step import Layout, State
 
-FORMAT = 2
+FORMAT = 1
 FILES = ("model.safetensors", "target.safetensors", "optimizer.safetensors")
 
 

@@ -44,7 +44,7 @@ class Layout:
         return {n: flat[a:b].reshape(self.shapes[n]) for n, (a, b) in self.places.items() if b <= flat.size}
 
     def decayed(self) -> np.ndarray:
-        """uint8 (size,): 1 where weight decay applies. Biases and tokens are not decayed."""
+        """uint8 (size,): 1 where weight decay applies. Biases, norms and tokens are not decayed."""
         return np.concatenate([np.full(int(np.prod(s)), len(s) >= 2, np.uint8) for s in self.shapes.values()])
 
 
