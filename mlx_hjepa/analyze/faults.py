@@ -11,12 +11,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mlx_hjepa.analyze.history import History
+from mlx_hjepa.analyze.history import History, smooth
 
-DIVERGED, DIVERGED_RAW = 1.5, 1.3  # times the best level so far
+DIVERGED, DIVERGED_RAW, DIVERGED_FLAT = 1.5, 1.3, 1.15  # times the best level so far; flat: the k-NN stands still
 JUMP = 1.3  # from one line to the next
-SLOWED = 0.85
+SLOWED, HELD = 0.85, 5  # of the rate before, for so many lines
+NEAR_MEMORY = 0.75  # of the device's memory: about what Metal recommends to use at most
 KNN_NOISE = 0.01
+SPEED_FAULTS = ("throttling", "slow loading", "memory pressure", "memory growth")
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ def faults(h: History) -> list[Fault]:
     """The faults of a run, none if it is healthy: at most one of its learning, for a fault explains those further down
     the list (a collapsed run also diverges), and one of its speed."""
     learning = (check(h) for check in (_non_finite, _collapse, _divergence, _unstable_lr, _plateau))
-    speed = (check(h) for check in (_memory, _throttling))
+    speed = (check(h) for check in (_memory_growth, _slow_down))
     found = (next(filter(None, learning), None), next(filter(None, speed), None))
     return [fault for fault in found if fault]
 
@@ -54,19 +56,18 @@ def level(h: History) -> np.ndarray:
     return h.loss / np.interp(h.step, *np.array(knots).T)
 
 
-def smooth(values: np.ndarray, width: int = 5) -> np.ndarray:
-    """The running median of `width` values, fewer at the ends."""
-    half = width // 2
-    return np.array([np.nanmedian(values[max(0, i - half):i + half + 1]) for i in range(len(values))])
-
-
-def noise(h: History) -> float | None:
-    """Relative scatter of the loss ratio from line to line: 1.48 times the median absolute deviation of its steps."""
-    steps = np.diff(np.log(level(h)[2:]))
+def scatter(values: np.ndarray) -> float | None:
+    """Relative scatter from line to line: 1.48 times the median absolute deviation of the steps' logarithms."""
+    steps = np.diff(np.log(values))
     steps = steps[np.isfinite(steps)]
     if len(steps) < 5:
         return None
     return float(1.4826 * np.median(np.abs(steps - np.median(steps))) / np.sqrt(2))
+
+
+def noise(h: History) -> float | None:
+    """The scatter of the loss ratio."""
+    return scatter(level(h)[2:])
 
 
 def knn_flat(scores: np.ndarray) -> bool:
@@ -75,17 +76,33 @@ def knn_flat(scores: np.ndarray) -> bool:
     return bool(scores[half:].max() <= scores[:half].max() + KNN_NOISE)
 
 
+def _knn_stands_still(h: History) -> bool:
+    return len(h.knn) >= 4 and bool(np.ptp(h.knn_step) >= 0.3 * (h.total or 0)) and knn_flat(h.knn)
+
+
+def _rise(h: History) -> tuple[float, float, float] | None:
+    """The lowest level so far, its step, and the level of the last tenth of the lines."""
+    x = level(h)
+    x, step = x[np.isfinite(x)], h.step[np.isfinite(x)]
+    if len(x) < 6:
+        return None
+    tail = max(3, len(x) // 10)
+    before = smooth(x)[:-tail]
+    return float(before.min()), float(step[before.argmin()]), float(np.median(x[-tail:]))
+
+
 def _percent(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
 def _non_finite(h: History) -> Fault | None:
     bad, row = (float(np.nanmax(v)) if np.isfinite(v).any() else 0.0 for v in (h.bad, h.bad_in_a_row))
-    lost = int(np.isnan(h.loss).sum())
+    lost = int((~np.isfinite(h.loss)).sum())
     if row < 10 and bad <= 20 + 0.02 * h.last_step and not lost:  # fp16 finds its loss scale by a few such steps
         return None
-    return Fault("non-finite", f"{bad:.0f} of {h.last_step:,} steps without a finite gradient, up to {row:.0f} in a row"
-                 + (f"; {lost} lines without a finite loss" if lost else ""),
+    steps = [f"{bad:.0f} of {h.last_step:,} steps without a finite gradient, up to {row:.0f} in a row"] if bad else []
+    lines = [f"{lost} of {len(h.loss)} lines without a finite loss"] if lost else []
+    return Fault("non-finite", "; ".join(steps + lines),
                  "lower training.lr by 3x or lengthen training.warmup_epochs; with precision fp16, use bf16 or fp32")
 
 
@@ -113,18 +130,16 @@ def _divergence(h: History) -> Fault | None:
                 last.max() < best - KNN_NOISE and last[1] < best - max(0.1, 0.2 * best)):
             return Fault("divergence", f"online k-NN fell from {_percent(best)} at step "
                          f"{h.knn_step[h.knn.argmax()]:,.0f} to {_percent(h.knn[-1])}", lower)
-    x = level(h)
-    x, step = x[np.isfinite(x)], h.step[np.isfinite(x)]
-    if len(x) < 6:
+    if (rise := _rise(h)) is None:
         return None
-    tail = max(3, len(x) // 10)
-    before = smooth(x)[:-tail]
-    low, now = int(before.argmin()), float(np.median(x[-tail:]))
-    later = h.knn[h.knn_step > step[low]]
-    improves = len(later) and len(h.knn) > 1 and h.knn[-1] >= h.knn.max() - KNN_NOISE
-    if now < (DIVERGED_RAW if h.pytorch else DIVERGED) * before[low] or improves:
+    low, at, now = rise
+    later = int(np.searchsorted(h.knn_step, at, "right"))  # the first probe after the low
+    improves = (later < len(h.knn) and h.knn[-1] > h.knn[max(0, later - 1)] + KNN_NOISE
+                and h.knn[-1] >= h.knn.max() - KNN_NOISE)
+    most = DIVERGED_RAW if h.pytorch else DIVERGED_FLAT if _knn_stands_still(h) else DIVERGED
+    if now < most * low or improves:
         return None
-    return Fault("divergence", f"{h.measure} {before[low]:.4g} at step {step[low]:,.0f}, now {now:.4g}"
+    return Fault("divergence", f"{h.measure} {low:.4g} at step {at:,.0f}, now {now:.4g}"
                  + (" (no baseline in this log: a raw loss may rise in a healthy run)" if h.pytorch else ""), lower)
 
 
@@ -158,11 +173,12 @@ def _plateau(h: History) -> Fault | None:
     """Nothing has improved since the warm-up: not the k-NN, or where it is not probed, neither ratio nor rank."""
     advice = ("if training.lr is below 1e-3 at batch 256: 1.5x that and half the training.warmup_epochs; "
               "else more levels in model.levels or a smaller training.batch")
-    if len(h.knn) >= 4 and np.ptp(h.knn_step) >= 0.3 * (h.total or 0) and knn_flat(h.knn):
+    if _knn_stands_still(h):
         return Fault("plateau", f"online k-NN {_percent(h.knn[0])} at step {h.knn_step[0]:,.0f}, best "
                      f"{_percent(h.knn.max())}, now {_percent(h.knn[-1])}: no better in the later half of the probes",
                      advice)
-    if not np.isfinite(h.lr).any():
+    rise = _rise(h)
+    if not np.isfinite(h.lr).any() or (rise and rise[2] >= DIVERGED_FLAT * rise[0]):
         return None
     start = h.step[np.nanargmax(h.lr)] if h.warmup is None else h.warmup
     x = level(h)
@@ -188,7 +204,7 @@ def _plateau(h: History) -> Fault | None:
 # ---------------------------------------------------------------- speed
 
 
-def _memory(h: History) -> Fault | None:
+def _memory_growth(h: History) -> Fault | None:
     peak = h.peak_gb[np.isfinite(h.peak_gb)]
     if len(peak) < 12:
         return None
@@ -199,21 +215,40 @@ def _memory(h: History) -> Fault | None:
                  "growing", "stop with Ctrl-C and go on with --resume; a smaller training.batch if it comes again")
 
 
-def _throttling(h: History) -> Fault | None:
-    """A sustained slow-down. Heat comes slowly and then holds; a step down is power or another program."""
-    step, rate = h.rates()
-    if len(rate) < 12:
+def _slow_down(h: History) -> Fault | None:
+    """A slow-down that lasts: after the split of the lines that parts them best, the rate stays below that before."""
+    step, rate, wait = h.rates()
+    n, usual = len(rate), smooth(rate)
+    if n < 12:
         return None
-    tail = rate[-max(3, len(rate) // 4):]
-    early, late, level_of = np.median(rate[:max(3, len(rate) // 6)]), np.median(tail), smooth(rate)
-    drop, scatter = 1 - late / early, 1.4826 * np.median(np.abs(rate / level_of - 1))
-    held = (tail < 0.9 * early).mean() >= 0.9 and tail.std() < drop * early / 4
-    if drop < 1 - SLOWED or drop < 3 * scatter or not held:
+    splits = np.arange(3, n - HELD + 1)  # lines before each
+    sums = usual.cumsum()
+    falls = sums[splits - 1] / splits - (sums[-1] - sums[splits - 1]) / (n - splits)
+    at = int(splits[np.argmax(falls * np.sqrt(splits * (n - splits)))])
+    early, late = float(np.median(rate[:at])), float(np.median(rate[at:]))
+    drop, error = 1 - late / early, (scatter(rate) or 0.0) * np.sqrt(1 / at + 1 / (n - at))
+    slow, spread = rate < 0.9 * early, 1.4826 * np.median(np.abs(rate[at:] - late))
+    holds = slow[at:].sum() >= HELD and slow[-HELD:].mean() > 0.5 and spread < drop * early / 2
+    if drop < max(1 - SLOWED, 5 * error) or not holds:
         return None
-    began = int(np.argmax(level_of < early - 0.2 * (early - late)))
-    over = int(np.argmax(level_of < late + 0.2 * (early - late))) - began
-    shape = (f"slowly, over {step[began + over] - step[began]:,.0f} steps, as with heat" if over >= 3 else
-             "at once, as with a battery, a low-power mode or another program")
-    return Fault("throttling", f"{early:.2f} it/s at first, {late:.2f} now ({_percent(drop)} slower); from "
-                 f"step {step[began]:,.0f} {shape}", "plug the machine in, let air to it, close other programs; "
-                 "the run itself is sound, and its times are those of the slower rate")
+    began = int(np.argmax(usual < early - 0.2 * (early - late)))
+    over = int(np.argmax(usual < late + 0.2 * (early - late)))
+    name, shape, advice = _explained(h, step[over] - step[began] if over >= began + 3 else 0, 1 / late - 1 / early,
+                                     float(np.median(wait[at:]) - np.median(wait[:at])))
+    return Fault(name, f"{early:.2f} it/s at first, {late:.2f} now ({_percent(drop)} slower); from step "
+                 f"{step[began]:,.0f} {shape}", advice)
+
+
+def _explained(h: History, over: float, longer: float, waits: float) -> tuple[str, str, str]:
+    """Name, evidence and advice for a slow-down over so many steps, each then so many seconds longer, of which it waits
+    for data for so many (nan: not logged). Heat comes slowly and then holds."""
+    if waits >= longer / 2:
+        return ("slow loading", f"a step takes {1000 * longer:.0f} ms longer, and waits {1000 * waits:.0f} ms longer "
+                "for data", "data.source: resident where it fits in memory, else more data.threads or a faster disk")
+    peak = float(np.nanmax(h.peak_gb, initial=0))
+    if h.memory_gb and peak >= NEAR_MEMORY * h.memory_gb:
+        return ("memory pressure", f"with up to {peak:.1f} of the device's {h.memory_gb:.1f} GB in use",
+                "close other programs; a smaller training.batch, or more training.accumulation, needs less memory")
+    return ("throttling", f"slowly, over {over:,.0f} steps, as with heat" if over else
+            "at once, as with a battery, a low-power mode or another program", "plug the machine in, let air to it, "
+            "close other programs; the run itself is sound, and its times are those of the slower rate")

@@ -15,8 +15,9 @@ from mlx_hjepa.plots.curves import Lines, read_metrics
 from mlx_hjepa.run import Run, UserError
 
 SILENT = 600.0  # seconds without a line after which a run is taken for dead
-TRAIN = ("step", "epoch", "steps", "loss", "loss_ratio", "lr", "momentum", "it_s", "peak_gb", "seconds", "bad",
-         "bad_in_a_row", "time")
+TRAIN = ("step", "epoch", "steps", "loss", "loss_ratio", "lr", "momentum", "it_s", "wait_s", "peak_gb", "seconds",
+         "bad", "bad_in_a_row", "time")
+LOG_EVERY = 50  # steps for which the PyTorch original shows one and the same loss
 TQDM = re.compile(
     r"Epoch (?P<epoch>\d+)/(?P<epochs>\d+):[^\r\n]*?\| *(?P<step>\d+)/(?P<of>\d+) \[(?P<elapsed>[\d:]+)<[^,\]]*, *"
     r"(?P<rate>[\d.]+|\?) *(?P<unit>it/s|s/it), loss=(?P<loss>[\d.eE+-]+|nan|inf), lr=(?P<lr>[\d.eE+-]+)")
@@ -26,13 +27,20 @@ def empty() -> np.ndarray:
     return np.zeros(0)
 
 
+def smooth(values: np.ndarray, width: int = 5) -> np.ndarray:
+    """The running median of `width` values, an odd number, fewer at the ends."""
+    padded = np.pad(values, width // 2, constant_values=np.nan)
+    return np.nanmedian(np.lib.stride_tricks.sliding_window_view(padded, width), axis=1) if len(values) else values
+
+
 @dataclass
 class History:
     """A run's log lines (one array element a line; nan where a line lacks the value), health checks and k-NN probes.
 
-    `loss_ratio` is loss / baseline, `seconds` the training time so far, `steps` how many steps a line averages. Health
-    is of the deepest level, but `baseline` the smallest of all levels'. `judged` is what convergence is judged on: the
-    loss ratio, or for the PyTorch original, which knows no baseline, the raw loss.
+    `loss_ratio` is loss / baseline, `seconds` the training time so far, `steps` how many steps a line averages,
+    `wait_s` the seconds a step waited for its pictures, `memory_gb` the device's memory. Health is of the deepest
+    level, but `baseline` the smallest of all levels'. `judged` is what convergence is judged on: the loss ratio, or for
+    the PyTorch original, which knows no baseline, the raw loss.
     """
 
     name: str
@@ -44,6 +52,7 @@ class History:
     lr: np.ndarray = field(default_factory=empty)
     momentum: np.ndarray = field(default_factory=empty)
     it_s: np.ndarray = field(default_factory=empty)
+    wait_s: np.ndarray = field(default_factory=empty)
     peak_gb: np.ndarray = field(default_factory=empty)
     seconds: np.ndarray = field(default_factory=empty)
     bad: np.ndarray = field(default_factory=empty)
@@ -62,6 +71,9 @@ class History:
     epoch_steps: int | None = None
     batch: int | None = None
     device: str = ""
+    memory_gb: float | None = None
+    encoder: str = ""  # as the PyTorch original's log names it
+    hierarchies: int | None = None
     ended: bool = False
     finished: bool = False
     written: float = 0.0  # unix time of the last line
@@ -96,11 +108,11 @@ class History:
         quiet = (time.time() if now is None else now) - self.written
         return "running" if quiet < max(SILENT, 3 * usual) else "silent"
 
-    def rates(self) -> tuple[np.ndarray, np.ndarray]:
-        """(step, steps a second) of the lines whose rate can be trusted.
+    def rates(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(step, steps a second, seconds a step waited for data) of the lines whose rate can be trusted.
 
         Left out: the first, lines over fewer steps than usual and those right after them (a check or a checkpoint fell
-        into their clock), and what is not finite or beyond three times the median.
+        into their clock), and what is not finite or beyond three times the lines around it.
         """
         good = np.isfinite(self.it_s) & (self.it_s > 0)
         if len(self.step) > 3:
@@ -108,9 +120,8 @@ class History:
             windows = np.nan_to_num(self.steps)  # the PyTorch log has none
             short = windows < 0.9 * np.median(windows)
             good &= ~short & ~np.r_[False, short[:-1]]
-        if good.any():
-            good &= self.it_s < 3 * np.median(self.it_s[good])
-        return self.step[good], self.it_s[good]
+        good[good] = self.it_s[good] < 3 * smooth(self.it_s[good])
+        return self.step[good], self.it_s[good], self.wait_s[good]
 
 
 def read(path: str | Path) -> History:
@@ -148,8 +159,16 @@ def _from_metrics(file: Path, run: Run | None) -> History:
         cosine=_column(health, "cosine", -1), baseline=np.array([_smallest(line.get("baseline")) for line in health]),
         alarm=[line.get("alarm") for line in health], knn_step=_column(knn, "step"), knn=_column(knn, "levels"),
         knn_last=_column(knn, "last"), total=begun.get("total"), epoch_steps=begun.get("epoch_steps"),
-        batch=begun.get("batch"), device=begun.get("device", ""), written=written, ended=ended,
+        batch=begun.get("batch"), device=begun.get("device", ""), memory_gb=_memory(run), written=written, ended=ended,
         finished=ended and bool(end.get("finished")), config=config)
+
+
+def _memory(run: Run | None) -> float | None:
+    """The device's memory in GB, if the run's folder tells it."""
+    try:
+        return run.environment["memory"] / 1e9 if run else None
+    except (UserError, KeyError, TypeError):
+        return None
 
 
 def _in_order(lines: Lines) -> Lines:
@@ -176,37 +195,36 @@ def _smallest(values: Any) -> float:
 def _from_log(path: Path) -> History:
     """tqdm's lines, `Epoch 1/5:  18%|.. | 283/1562 [01:50<08:10,  3.14it/s, loss=0.0042, lr=1.60e-05]`.
 
-    tqdm counts from 0 in each epoch, repeats the last loss until the next is set, and turns to s/it below 1 it/s. Here
-    steps count over epochs, a loss is taken once, with the median rate since the one before, and s/it is inverted.
+    tqdm counts from 0 in each epoch, repeats a loss for 50 steps, and turns to s/it below 1 it/s. Here steps count over
+    epochs, of each 50 steps and of each epoch the last line is taken, with the median of their rates, and s/it is
+    inverted.
     """
     text = path.read_bytes().decode("utf-8", "replace")
-    rows: list[dict[str, float]] = []
-    rates: list[float] = []
-    seen: tuple | None = None
+    rows: dict[tuple[int, int], dict[str, float]] = {}
+    rates: dict[tuple[int, int], list[float]] = {}
     before, epoch, elapsed, matched = 0.0, 0, 0.0, None
     for matched in TQDM.finditer(text):
         if int(matched["epoch"]) != epoch:
             before, epoch = before + elapsed, int(matched["epoch"])
-        elapsed = _seconds(matched["elapsed"])
+        elapsed, at, of = _seconds(matched["elapsed"]), int(matched["step"]), int(matched["of"])
+        if not at and rows:  # the last line of the epoch before had this step
+            continue
+        place, step = (epoch, at // LOG_EVERY), (epoch - 1) * of + at
         if matched["rate"] != "?" and float(matched["rate"]) > 0:
             value = float(matched["rate"])
-            rates.append(value if matched["unit"] == "it/s" else 1 / value)
-        if (epoch, matched["loss"], matched["lr"]) == seen:
-            continue
-        seen = (epoch, matched["loss"], matched["lr"])
-        step = (epoch - 1) * int(matched["of"]) + int(matched["step"])
-        rows.append({"step": step, "epoch": step / int(matched["of"]), "loss": float(matched["loss"]),
-                     "lr": float(matched["lr"]), "it_s": float(np.median(rates)) if rates else np.nan,
-                     "seconds": before + elapsed})
-        rates = []
+            rates.setdefault(place, []).append(value if matched["unit"] == "it/s" else 1 / value)
+        rows[place] = {"step": step, "epoch": step / of, "loss": float(matched["loss"]), "lr": float(matched["lr"]),
+                       "it_s": float(np.median(rates.get(place, [np.nan]))), "seconds": before + elapsed}
     if matched is None:
         raise UserError(f"{path}: no training lines found. Expected a run's folder, its metrics.jsonl, or the console "
                         "log of the PyTorch H-JEPA (Epoch 1/5: ... it/s, loss=..., lr=...)")
     of = int(matched["of"])
-    columns: dict[str, Any] = {key: np.array([row.get(key, np.nan) for row in rows], np.float64) for key in TRAIN}
+    columns: dict[str, Any] = {key: np.array([row.get(key, np.nan) for row in rows.values()], np.float64)
+                               for key in TRAIN}
     finished = "Training completed!" in text
     return History(path.stem, **columns, total=int(matched["epochs"]) * of, epoch_steps=of,
                    batch=_number(r"Batch size: (\d+)", text), device=_word(r"Using device: (\S+)", text),
+                   encoder=_word(r"Encoder: (\S+)", text), hierarchies=_number(r"Hierarchies: (\d+)", text),
                    ended=finished, finished=finished, written=path.stat().st_mtime, pytorch=True)
 
 

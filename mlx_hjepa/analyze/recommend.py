@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import mlx_hjepa
-from mlx_hjepa.analyze.faults import Fault, faults, restarted
+from mlx_hjepa.analyze.faults import SPEED_FAULTS, Fault, faults, restarted
 from mlx_hjepa.analyze.history import History
-from mlx_hjepa.analyze.measures import SPEED_FAULTS, Criterion, Span, span, time_left, times_of
-from mlx_hjepa.config import Config, ConfigError, load
+from mlx_hjepa.analyze.measures import Criterion, Span, progress, span, time_left, times_of
+from mlx_hjepa.config import Config, ConfigError, load, parse_yaml
 
-Times = Callable[[Config, int], Span]  # seconds of a configuration run for so many epochs
+Times = Callable[[Config, int], Span | None]  # seconds of a configuration run for so many epochs, if known
 
 BASELINE_HOURS, NIGHT_HOURS = 4, 14
 NEXT = {  # the ladder of presets, files under configs/
@@ -60,31 +61,39 @@ def recommend(h: History, where: Path, found: list[Fault], judged: list[Criterio
         if state == "running":
             why = ["stop this run (Ctrl-C saves it): it will not mend itself", *why]
         return Recommendation(train(own, changes), [*why, *beside])
-    if state != "finished" and not h.pytorch:
-        return _unfinished(h, shlex.quote(str(where)), state, beside)
+    so_far = ("not met: " + ", ".join(sorted(failed)) if failed else "too early to judge" if judged[1].passed is None
+              else "it learns" if beside else "it learns, and nothing is wrong")
+    if state != "finished":
+        return _unfinished(h, where, own, state, [so_far, *beside])
     if f"{h.measure} down" in failed:
         changes, why = remedy(h, "slow", base)
         return Recommendation(train(own, changes), [f"the {h.measure} fell too little", *why, *beside])
     file, changes, why = _next(h, where, times)
-    if "steady speed" in failed and file is not None and not beside:
-        extra, reason = _steadier(base)
+    why = [so_far, *why]
+    loading = any(f.name == "slow loading" for f in found)
+    if file is not None and (loading or ("steady speed" in failed and not beside)):
+        extra, reason = _steadier(base, loading)
         changes, why = {**changes, **extra}, [*why, reason]
     if "speed" in failed:
-        file, changes, why = preset_file("vit_tiny_5ep"), {}, [
-            "under 2.5 it/s: at 32 px and patch 4 there are 64 tokens instead of 196, for the same pictures"]
+        file = preset_file("vit_tiny_5ep")
+        changes = {key: value for key, value in _carried(h.config, file).items() if key != "data.image_size"}
+        why = ["under 2.5 it/s: at 32 px and patch 4 there are 64 tokens instead of 196, for the same pictures"]
     if file is None:
         return Recommendation(f"mlx-hjepa eval {shlex.quote(str(where))} --knn --linear", [*why, *beside])
     return Recommendation(train(file, changes), [*why, *beside])
 
 
-def _unfinished(h: History, where: str, state: str, beside: list[str]) -> Recommendation:
+def _unfinished(h: History, where: Path, own: Path, state: str, why: list[str]) -> Recommendation:
+    run, at = shlex.quote(str(where)), progress(h.last_step, h.total)
     if state == "running":
         left = time_left(h)
-        return Recommendation(f"mlx-hjepa watch {where}", [
-            "nothing is wrong: let it go on" + (f", {span(left)} left" if left else ""), *beside])
-    return Recommendation(f"mlx-hjepa train {where} --resume", [
-        f"{'saved' if state == 'stopped' else 'nothing written any more'} at step {h.last_step:,} of "
-        f"{h.total or 0:,}, nothing wrong so far", *beside])
+        return Recommendation(f"mlx-hjepa watch {run}", [
+            "let it go on" + (f", {span(left)} left" if left else ""), *why])
+    ended = f"{'saved' if state == 'stopped' else 'nothing written any more'} at {at}"
+    if h.pytorch:
+        return Recommendation(train(own, {}), [f"{ended}; this is its setting here, for the original's --resume starts "
+                                               "the schedules anew", *why])
+    return Recommendation(f"mlx-hjepa train {run} --resume", [ended, *why])
 
 
 def train(file: Path, changes: dict[str, Any]) -> str:
@@ -135,11 +144,30 @@ def _cause(t: Any) -> tuple[dict[str, Any], str]:
     return changes, "a third of the learning rate" + (", at most the presets' 1.5e-3" if t.lr > 4.5e-3 else "")
 
 
-def _steadier(base: Config | None) -> tuple[dict[str, Any], str]:
+def _steadier(base: Config | None, loading: bool) -> tuple[dict[str, Any], str]:
     if base is not None and base.data.source == "stream" and base.data.dataset != "folder":
         return {"data.source": "resident"}, "unsteady speed: pictures in memory take the loader out of it"
-    threads = max(1, (base.data.threads if base is not None else 4) // 2)
-    return {"data.threads": threads}, "unsteady speed: fewer loader threads leave cores to the step (the note's rule)"
+    threads = base.data.threads if base is not None else 4
+    if loading:
+        return {"data.threads": 2 * threads}, "slow loading: more loader threads read further ahead"
+    return {"data.threads": max(1, threads // 2)}, (
+        "unsteady speed: fewer loader threads leave cores to the step (the note's rule)")
+
+
+def _carried(config: Config | None, file: Path) -> dict[str, Any]:
+    """The user's own data.* keys and seed, to be set beside another preset's file: those that neither it nor the run's
+    own preset has."""
+    if config is None:
+        return {}
+    known = [c for c in (_try_load(file), _preset_of(config)) if c]
+    mine = {"seed": config.seed, **{f"data.{key}": value for key, value in config.data}}
+    theirs = [{"seed": c.seed, **{f"data.{key}": value for key, value in c.data}} for c in known]
+    return {key: value if parse_yaml(str(value)) == value else json.dumps(value)
+            for key, value in mine.items() if all(value != other[key] for other in theirs)}
+
+
+def _preset_of(config: Config) -> Config | None:
+    return next((preset for preset in presets().values() if preset.name == config.name), None)
 
 
 def _next(h: History, where: Path, times: Times | None) -> tuple[Path | None, dict[str, Any], list[str]]:
@@ -147,9 +175,9 @@ def _next(h: History, where: Path, times: Times | None) -> tuple[Path | None, di
     epochs = round((h.total or 0) / (h.epoch_steps or 1))
     name = COMPAT.get(epochs, COMPAT[5]) if h.pytorch else h.config.name if h.config else ""
     score = f"score this run: mlx-hjepa eval {shlex.quote(str(where))} --knn --linear"
-    why = ["it learns, and nothing is wrong"] + ([] if h.pytorch else [score])
-    own = times_of(h)
-    if name in NEXT:
+    why = [] if h.pytorch else [score]
+    own, preset = times_of(h), h.config and _preset_of(h.config)
+    if name in NEXT and not (h.config and preset and preset.data.dataset != h.config.data.dataset):
         choice, took = NEXT[name], _took(NEXT[name], times)
         if name == "vit_tiny_5ep":
             took = took or own.get(20)  # the same encoder, batch and pictures
@@ -157,7 +185,8 @@ def _next(h: History, where: Path, times: Times | None) -> tuple[Path | None, di
             if wide and wide[1] <= 3600 * BASELINE_HOURS:
                 choice, took = "vit_wide_20ep", wide  # learns more in as many epochs
         if took is None or took[1] <= 3600 * NIGHT_HOURS:
-            return preset_file(choice), {}, [*why, f"{choice}: {span(took)} here" if took else f"{choice} is next"]
+            why.append(f"{choice}: {span(took)} here" if took else f"{choice} is next")
+            return preset_file(choice), _carried(h.config, preset_file(choice)), why
         why.append(f"{choice} would take {span(took)} here, more than a night")
     if h.config is None or epochs >= 100:
         return None, {}, why

@@ -23,6 +23,7 @@ from mlx_hjepa.analyze.measures import (
     Span,
     criteria,
     loss_change,
+    progress,
     schedule,
     span,
     speed,
@@ -61,7 +62,7 @@ def judge(h: History, where: Path, times: Times | None = None, now: float | None
     found, held = faults(h), criteria(h)
     change, each = loss_change(h), {"this run": times_of(h)}
     if times:
-        each |= {name: {n: times(config, n) for n in EPOCHS} for name, config in presets().items()}
+        each |= {name: {n: t for n in EPOCHS if (t := times(config, n))} for name, config in presets().items()}
     result = {
         "run": h.name, "source": "PyTorch log" if h.pytorch else "metrics.jsonl", "device": h.device,
         "generated": time.strftime("%Y-%m-%d %H:%M:%S"), "state": h.state(now), "verdict": verdict(found, held),
@@ -93,8 +94,8 @@ def _plain(value: Any) -> Any:
 
 def summary(result: dict[str, Any]) -> list[str]:
     """The lines for a terminal: state, criteria, faults, what next."""
-    lines = [f"{result['run']}: {result['state']} at step {result['schedule']['step']:,} of "
-             f"{result['schedule']['total'] or 0:,}; {result['verdict']}"]
+    at = progress(result["schedule"]["step"], result["schedule"]["total"])
+    lines = [f"{result['run']}: {result['state']} at {at}; {result['verdict']}"]
     lines += [f"  {MARK[c['passed']]:>3}  {c['name']}: {c['found']} (asked: {c['required']})"
               for c in result["criteria"]]
     lines += [f"fault: {f['name']}: {f['evidence']}" for f in result["faults"]]
@@ -109,7 +110,7 @@ def report(h: History, result: dict[str, Any]) -> str:
               for f in result["faults"]]
     parts = [
         f"# {result['run']}: {result['verdict']}",
-        f"{result['state']} at step {h.last_step:,} of {h.total or 0:,}; {result['device'] or 'unknown device'}; "
+        f"{result['state']} at {progress(h.last_step, h.total)}; {result['device'] or 'unknown device'}; "
         f"analysed {result['generated']} from {result['source']}.",
         "## Next", f"```\n{advice['command']}\n```", "\n".join(f"- {reason}" for reason in advice["why"]),
         "## Criteria", _table(["", "asked", "found", "met"], [
@@ -187,7 +188,7 @@ def curves(h: History) -> bytes:
     lr.plot(h.step, h.lr, color="C2")
     if (h.lr > 0).any():
         lr.set_yscale("log")
-    step, rate = h.rates()
+    step, rate, _ = h.rates()
     pace.plot(h.step, np.where(np.isin(h.step, step), h.it_s, np.nan), ".", color="C1", markersize=4)
     now = speed(h)["it_s"]
     if now:

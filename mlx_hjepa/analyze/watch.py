@@ -17,7 +17,7 @@ from rich.text import Text
 
 from mlx_hjepa.analyze.faults import faults
 from mlx_hjepa.analyze.history import SILENT, History, read
-from mlx_hjepa.analyze.measures import time_left
+from mlx_hjepa.analyze.measures import progress, time_left
 from mlx_hjepa.analyze.recommend import Times
 from mlx_hjepa.analyze.report import analyze, summary
 from mlx_hjepa.run import Run, UserError, duration
@@ -65,7 +65,7 @@ def _read(where: Path, began: float) -> History | None:
 def status(h: History) -> str:
     """The run's newest numbers in one line."""
     rate = [*h.it_s[-1:], *h.rates()[1][-1:]][-1]
-    parts = [f"epoch {h.epoch[-1]:.2f}", f"step {h.last_step:,} of {h.total or 0:,}", f"{h.measure} {h.judged[-1]:.4g}",
+    parts = [f"epoch {h.epoch[-1]:.2f}", progress(h.last_step, h.total), f"{h.measure} {h.judged[-1]:.4g}",
              f"lr {h.lr[-1]:.2e}", f"{rate:.2f} it/s"]
     if len(h.health_step):
         parts.append(f"rank {h.rank[-1]:.0f} std {h.std[-1]:.2f}")

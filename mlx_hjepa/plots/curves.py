@@ -18,14 +18,16 @@ Lines = list[dict[str, Any]]
 
 
 def read_metrics(file: Path) -> dict[str, Lines]:
-    """The lines of metrics.jsonl by kind; a last line cut by a crash is left out. Raises UserError without lines."""
+    """The lines of metrics.jsonl by kind; what is no line of ours, as a last one cut by a crash, is left out. Raises
+    UserError without lines."""
     kinds: dict[str, Lines] = {}
     for text in file.read_text().splitlines() if file.exists() else []:
         try:
             line = json.loads(text)
-        except json.JSONDecodeError:
+            if line["step"] >= 0:
+                kinds.setdefault(line["kind"], []).append(line)
+        except (json.JSONDecodeError, KeyError, TypeError):
             continue
-        kinds.setdefault(line["kind"], []).append(line)
     if not kinds:
         raise UserError(f"{file}: no metrics yet")
     return kinds
