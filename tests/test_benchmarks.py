@@ -276,5 +276,6 @@ def test_mac_check_writes_one_file_of_this_run_alone(tmp_path):
 def test_mac_check_ends_at_its_deadline(tmp_path):
     parts, took = mac_check(tmp_path, MAC_CHECK_SECONDS="1")
     assert parts["doctor"]["limit"] == 1
-    assert {parts[name]["status"] for name in ("tests", "resume", "throughput", "loader")} == {124}
+    assert parts["throughput"]["status"] == 124  # the longest; what ends within a second may
+    assert all(parts[name]["limit"] <= 1 for name in ("tests", "resume", "throughput", "loader"))
     assert took < 20

@@ -203,8 +203,10 @@ def test_a_damaged_or_missing_file_is_named(run):
     mistake(run, r"target\.safetensors: missing")
     (file.parent / "state.json").unlink()
     mistake(run, "not a checkpoint")
-    shutil.rmtree(run.checkpoints)
+    (run.checkpoints / "latest").unlink()
     mistake(run, "no latest checkpoint yet")
+    shutil.rmtree(run.checkpoints)
+    mistake(run, "its weights are not here")
 
 
 def test_a_truncated_file_without_a_digest_is_still_told(run, tmp_path):

@@ -170,7 +170,7 @@ def test_the_report_says_what_was_scored_and_where_it_comes_from(trained):
         assert "a subset: at most 400 pictures of each split" in out
     for word in ("360 test pictures", "bank of 400", "seed 0", report["weights"], "evaluation took",
                  "![report-subset400-knn.png]", "![report-subset400-confusion.png]", "| knn | ", "k-NN top-5",
-                 "`mlx-hjepa "):
+                 "`mlx-hjepa"):
         assert word in text
     levels = report["rows"]["trained"]["levels"]
     best = max(levels["knn"]["sweep"], key=lambda s: s["accuracy"])
