@@ -141,14 +141,11 @@ def auto_precision(kind: str, architecture: str) -> str:
 
 
 def slow_heads(head_dim: int) -> str | None:
-    """Why MLX's fused attention does not take heads of this width here; None when it does, and on CPUs.
-
-    The target encoder and evaluation use it (mlx/backend/{metal,cuda}/scaled_dot_product_attention.cpp).
-    """
+    """Why MLX's fused attention, which targets and evaluation use, does not take heads of this width here; None when
+    it does, and on CPUs (mlx/backend/{metal,cuda}/scaled_dot_product_attention.cpp)."""
     fits = {"metal": head_dim in (64, 72, 80, 96, 128, 192, 256), "cuda": head_dim % 8 == 0 and head_dim <= 128}
-    if fits.get(kind(), True):
-        return None
-    return f"model.head_dim {head_dim} is off MLX's fused attention, which makes targets slower; 64 is on it"
+    slower = f"model.head_dim {head_dim} is off MLX's fused attention, which makes targets slower; 64 is on it"
+    return None if fits.get(kind(), True) else slower
 
 
 def device() -> dict[str, Any]:
@@ -193,9 +190,8 @@ def peak_memory_gb() -> float:
 def set_cache_limit(gb: float | None = None) -> float:
     """Bound the freed buffers that MLX keeps for reuse, by default to a quarter of the memory. Returns the limit in GB.
 
-    MLX's own limit is nearly all of the memory, which starves a laptop's other programs; a step of fixed shapes reuses
-    its buffers well below a quarter, and a smaller limit would make it allocate them afresh at every step.
-    """
+    MLX's own limit is nearly all of the memory, which starves a laptop's other programs; a step of fixed shapes needs
+    far less."""
     import mlx.core as mx
 
     gb = _memory() / 4e9 if gb is None else gb
@@ -213,8 +209,7 @@ def _info() -> dict[str, Any]:
 
 
 def _memory() -> int:
-    info = _info()
-    if found := info.get("memory_size") or info.get("total_memory"):
+    if found := _info().get("memory_size") or _info().get("total_memory"):
         return int(found)
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -231,3 +231,11 @@ def test_doctor_measures_what_openblas_is_worth(monkeypatch):
     monkeypatch.setattr("mlx_hjepa.data.cifar.ARCHIVES", {})
     line = next(f.what for f in backend.doctor() if f.what.startswith("openblas"))
     assert re.search(r": \d+ GFLOP/s in fp32, \d+ without it$", line)
+
+
+@pytest.mark.parametrize(("kind", "width", "slow"), [
+    ("metal", 64, False), ("metal", 32, True), ("cuda", 32, False), ("cuda", 36, True), ("cuda", 192, True),
+    ("cpu", 36, False)])
+def test_heads_off_the_fused_attention_are_told(monkeypatch, kind, width, slow):
+    monkeypatch.setattr(backend, "kind", lambda: kind)
+    assert (backend.slow_heads(width) is not None) == slow
