@@ -4,14 +4,14 @@
     python benchmarks/ablate.py configs/vit_wide_20ep.yaml ladder.yaml --jobs 3 --seeds 0,1
 
 ladder.yaml maps a name to its overrides, as in `{base: [], blocks: [masking.select=blocks]}`. Each (name, seed) is
-an ordinary run of `mlx-hjepa train`, then scored on the held-out pictures (`eval --validation`), never on the test
-set. One that is finished is not run again, one cut off is resumed. Writes results/ablations/<ladder>.json.
+an ordinary run of `mlx-hjepa train`, then scored on the held-out pictures by the protocols of `eval --validation`, the
+trained encoder alone, never on the test set. One that is finished is not run again, one cut off is resumed. Writes
+results/ablations/<ladder>.json, anew after each run.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -25,10 +25,18 @@ from rich.table import Table
 
 import mlx_hjepa  # noqa: F401  (it chooses the BLAS before MLX is imported)
 from mlx_hjepa.cli import friendly
-from mlx_hjepa.config import load, parse_yaml
+from mlx_hjepa.config import load as load_config
+from mlx_hjepa.config import parse_yaml
+from mlx_hjepa.data.dataset import load_dataset
+from mlx_hjepa.evaluate.features import load
+from mlx_hjepa.evaluate.knn import HEADLINE, knn_accuracy
+from mlx_hjepa.evaluate.linear import probe
+from mlx_hjepa.evaluate.subject import Subject, splits
+from mlx_hjepa.metrics import effective_rank
 from mlx_hjepa.run import RESULTS, Run, UserError, read_json, write_atomically
 
 COLUMNS = (("knn", "levels"), ("linear", "levels"), ("knn", "last"), ("linear", "last"))
+SCORE = "--score-of"  # a process of its own for each run
 
 
 @click.command(help=__doc__)
@@ -42,14 +50,14 @@ def main(config: Path, ladder: Path, jobs: int, seeds: str, common: tuple[str, .
     changes = _changes(ladder)
     work = [(name, int(seed), [*common, *changes[name]]) for seed in seeds.split(",") for name in changes]
     for name, seed, overrides in work:  # every mistake before any work
-        load(config, [*overrides, f"seed={seed}", f"name={_run_name(ladder, name, seed)}"])
-    with ThreadPoolExecutor(jobs) as pool:
-        scores = list(pool.map(lambda w: _score(config, ladder, *w), work))
-    rows = [{"name": name, "seed": seed, "overrides": overrides, **found}
-            for (name, seed, overrides), found in zip(work, scores, strict=True)]
-    out = RESULTS / "ablations" / f"{ladder.stem}.json"
+        load_config(config, [*overrides, f"seed={seed}", f"name={_run_name(ladder, name, seed)}"])
+    rows, out = [], RESULTS / "ablations" / f"{ladder.stem}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out, json.dumps({"config": str(config), "rows": rows}, indent=1))
+    with ThreadPoolExecutor(jobs) as pool:
+        scores = pool.map(lambda w: _score(config, ladder, *w), work)
+        for (name, seed, overrides), found in zip(work, scores, strict=True):
+            rows.append({"name": name, "seed": seed, "overrides": overrides, **found})
+            write_atomically(out, json.dumps({"config": str(config), "rows": rows}, indent=1))
     Console(width=None if sys.stdout.isatty() else 110).print(_table(ladder.stem, rows))
     click.echo(f"written to {out}")
 
@@ -74,18 +82,35 @@ def _score(config: Path, ladder: Path, name: str, seed: int, overrides: list[str
     sets = [part for o in (*overrides, f"seed={seed}", f"name={run.name}") for part in ("--set", o)]
     if not _finished(run):
         again = ["--resume"] if run.config_file.exists() else []
-        failed = _mlx_hjepa(["train", str(config), *sets, *again])
+        failed = _run(["-m", "mlx_hjepa.cli", "train", str(config), *sets, *again])
         if failed or not _finished(run):
             return {"failed": failed or "interrupted"}
-    report = run.evaluation / "report-validation.json"
-    if not report.exists():
-        failed = _mlx_hjepa(["eval", str(run.folder), "--knn", "--linear", "--validation"])
+    file = run.evaluation / "ablation.json"
+    if not file.exists():
+        failed = _run([__file__, SCORE, str(run.folder)])
         if failed:
             return {"failed": failed}
-    trained = read_json(report)["rows"]["trained"]
-    found = {f"{p}_{level}": trained.get(level, trained["last"])[p]["accuracy"] for p, level in COLUMNS}
+    return read_json(file)
+
+
+def score(run: Run) -> None:
+    """Write evaluation/ablation.json: k-NN and linear accuracy on the held-out pictures, rank, training time."""
+    dataset = load_dataset(run.config.data)
+    split = splits(dataset, run.config.data.split_seed, held_out=True)
+    subject, classes = Subject("trained", split, load(run.folder)), len(split.classes)
+    flip = run.config.augment.flip and dataset.name != "digits"
+    found: dict[str, Any] = {}
+    for level in ("last", "levels"):
+        train, test = subject.features("train", level, flip), subject.features("test", level)
+        k = min(HEADLINE[0], len(train.plain))
+        found[f"knn_{level}"] = knn_accuracy(train.plain, train.labels, test.plain, test.labels, classes, (k,),
+                                             headline=(k, HEADLINE[1])).top1
+        found[f"linear_{level}"] = probe(train, test, split.validation, classes).accuracy
+    last = subject.features("test", "last").plain
     seconds = json.loads(run.metrics_file.read_text().splitlines()[-1])["seconds"]
-    return found | {"effective_rank": trained["last"]["effective_rank"], "train_seconds": seconds}
+    run.evaluation.mkdir(exist_ok=True)
+    write_atomically(run.evaluation / "ablation.json", json.dumps(
+        found | {"effective_rank": effective_rank(last), "train_seconds": seconds}))
 
 
 def _finished(run: Run) -> bool:
@@ -95,10 +120,9 @@ def _finished(run: Run) -> bool:
     return any(line["kind"] == "end" and line["finished"] for line in lines)
 
 
-def _mlx_hjepa(arguments: list[str]) -> str | None:
-    """None when it went well, else the end of what it said."""
-    done = subprocess.run([sys.executable, "-m", "mlx_hjepa.cli", *arguments], capture_output=True, text=True,
-                          env=os.environ)
+def _run(arguments: list[str]) -> str | None:
+    """None when Python did it, else the end of what it said."""
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
     return None if done.returncode == 0 else (done.stderr or done.stdout).strip()[-300:]
 
 
@@ -128,4 +152,7 @@ def _table(title: str, rows: list[dict[str, Any]]) -> Table:
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == [SCORE]:
+        score(Run(sys.argv[2]))
+    else:
+        main()

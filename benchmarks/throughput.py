@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """Measure the training step on this machine: `python benchmarks/throughput.py [--quick]`.
 
-Sweeps batch sizes for each model, precision and picture size and fits t = a + b * B. Prints tables and writes
-results/throughput/<machine>.json, from which `mlx-hjepa project` tells how long a run takes, and a picture. Running out
-of memory ends a model's row of batches; Ctrl-C keeps what is done.
+Sweeps batch sizes for each model, precision and picture size and fits t = a + b * B, or what comes of it where launches
+hide behind the device's work (timing.Fit). Prints tables and writes results/throughput/<machine>.json, from which
+`mlx-hjepa project` tells how long a run takes, and a picture. Running out of memory ends a model's row of batches;
+Ctrl-C keeps what is done.
 
 The default models on a GPU are those of the presets for 32 px. Those for 224 px, and any other configuration, are
 measured with --add --configs configs/compat/m1_max_quick_val.yaml, at a quarter, half and all of their batch.
@@ -187,7 +188,10 @@ def matrix_tflops(precision: str) -> float:
 
 
 def costs(c: Config, first_step: float) -> timing.Costs:
-    """What encoding, a health check, the online k-NN and a checkpoint take, from 512 pictures and CIFAR's k-NN bank."""
+    """What encoding, a health check, the online k-NN and a checkpoint take, from 512 pictures and CIFAR's k-NN bank.
+
+    A kernel's first compilation on a machine is not counted: MLX keeps them (MLX_PTX_CACHE_DIR), and a run finds them.
+    """
     def timed(work: Callable[[], Any]) -> float:
         start = time.perf_counter()
         work()
@@ -197,8 +201,6 @@ def costs(c: Config, first_step: float) -> timing.Costs:
     state, rng = step.initial_state(), np.random.default_rng(0)
     images = rng.integers(0, 256, (timing.HEALTH_PICTURES, 32, 32, 3), dtype=np.uint8)
     probe = FrozenEncoder(c, part(step.layout.views(state.target), "encoder"), step.model.mean, step.model.std)
-    once, encoding = (timed(lambda: probe.depth_features(images)) for _ in range(2))
-    first, checking = (timed(lambda: mx.eval(step.health(state, mx.array(images), key_of(0, 0)))) for _ in range(2))
     held = rng.normal(size=(timing.VALIDATION, len(probe.depths), probe.dim)).astype(np.float32)
     bank, labels = np.concatenate([held, held]), np.arange(2 * timing.VALIDATION) % 10
 
@@ -206,14 +208,18 @@ def costs(c: Config, first_step: float) -> timing.Costs:
         for view in (lambda x: x[:, -1], lambda x: x.reshape(len(x), -1)):
             knn_accuracy(view(bank), labels, view(held), labels[: len(held)], 10, ks=(20,))
 
-    unready, searching = (timed(search) for _ in range(2))
+    def seconds(work: Callable[[], Any]) -> float:
+        work()  # compiles its kernels
+        return timed(work)
+
     with tempfile.TemporaryDirectory() as folder:
         run = Run(folder)
         run.checkpoints.mkdir()
         saving = timed(lambda: checkpoint.save(run, state, step.layout, {"step": 0}))
-    compiling = sum(max(0.0, a - b) for a, b in ((once, encoding), (first, checking), (unready, searching)))
-    return timing.Costs(first_step + compiling, encoding / len(images), checking,
-                        timed(lambda: health.statistics(held)) / len(held), searching / len(held) / len(bank), saving)
+    return timing.Costs(
+        first_step, seconds(lambda: probe.depth_features(images)) / len(images),
+        seconds(lambda: mx.eval(step.health(state, mx.array(images), key_of(0, 0)))),
+        seconds(lambda: health.statistics(held)) / len(held), seconds(search) / len(held) / len(bank), saving)
 
 
 def sweep(configs: list[Config], batches: list[int] | None, effort: dict[str, Any], quick: bool,
@@ -296,12 +302,13 @@ def tables(document: dict[str, Any]) -> list[Table]:
                      f"{100 * r['matrix_share']:.1f} %" if whole else "-", f"{r['peak_gb']:.2f}",
                      f"{r['kernels']} ({r['kernels_with_copies']})" if whole else "-", f"{r['first_step_s']:.1f} s",
                      f"{r['commit'] or '-'}{', quick' * r['quick']}")
-    fits = Table("model", "levels", "px", "precision", "a", "b a picture", "interval", "left out", "launches",
-                 "encode a picture", "checkpoint", title="t = a + b * B")
+    fits = Table("model", "levels", "px", "precision", "a", "b a picture", "p", "interval", "left out", "launches",
+                 "encode a picture", "checkpoint", title="t = (a^p + (b * B)^p)^(1/p)")
     for f in document["fits"]:
         errors = ", ".join(f"{batch}: {100 * error:+.1f} %" for batch, error in f["left_out"].items())
         fits.add_row(f["model"], f["levels"], str(f["image_size"]), f["precision"], f"{1e3 * f['a']:.2f} ms",
-                     f"{1e6 * f['b']:.1f} µs", f"± {100 * f['interval']:.0f} %", errors, f"{f['launches'] or '-'}",
+                     f"{1e6 * f['b']:.1f} µs", str(f["overlap"]), f"± {100 * f['interval']:.0f} %", errors,
+                     f"{f['launches'] or '-'}",
                      *("-" if f["costs"][name] is None else f"{1e3 * f['costs'][name]:.3g} ms"
                        for name in ("encode", "checkpoint")))
     return [rows, fits]
@@ -324,7 +331,8 @@ def picture(document: dict[str, Any], cadence: Config, file: Path) -> None:
         for axis, what in zip(axes, ("it_s", "img_s"), strict=False):
             axis.plot([r["batch"] for r in rows], [r[what] for r in rows], "o-", label=label)
     for label, fits in named(document["fits"]).items():
-        speed = timing.Fit(*(fits[-1][k] for k in ("a", "b", "interval")), timing.Costs(**fits[-1]["costs"]))
+        speed = timing.Fit(*(fits[-1][k] for k in ("a", "b", "interval")), timing.Costs(**fits[-1]["costs"]),
+                           overlap=fits[-1]["overlap"])
         sized = timing.with_batch(cadence, LIKELY_BATCH)
         done = [timing.project(sized, speed, epochs, timing.PICTURES["cifar10"]) for epochs in EPOCHS]
         spread = [[(p.mid - p.low) / 3600 for p in done], [(p.high - p.mid) / 3600 for p in done]]

@@ -309,6 +309,14 @@ def test_times_are_those_of_the_runs_own_clock(tmp_path):
     assert time_left(h)[1] == pytest.approx(195)
 
 
+def test_other_presets_times_come_from_the_runs_own_speed_where_nothing_was_measured(tmp_path):
+    result = analyze(Run(made(tmp_path / "run")))
+    own, wide = (result["seconds"][name]["20"][1] for name in ("vit_tiny_20ep", "vit_wide_20ep"))
+    assert own == pytest.approx(result["seconds"]["this run"]["20"][1], rel=0.2)
+    assert wide > 1.3 * own  # 4.0 GFLOP a picture over 2.3
+    assert "the others' from this run's speed" in (tmp_path / "run/analysis/validation_report.md").read_text()
+
+
 def test_times_of_a_throttled_run_are_those_of_its_slower_rate(tmp_path):
     assert seconds_a_step(read(made(tmp_path / "run", **FAULTS["throttling"])))[1] == pytest.approx(1 / 6.5, rel=0.03)
 

@@ -17,6 +17,7 @@ from mlx_hjepa.cli import main as cli
 
 ROOT = Path(mlx_hjepa.__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import ablate  # noqa: E402
 import loader  # noqa: E402
 import throughput  # noqa: E402
 import versus_torch  # noqa: E402
@@ -279,3 +280,24 @@ def test_mac_check_ends_at_its_deadline(tmp_path):
     assert parts["throughput"]["status"] == 124  # the longest; what ends within a second may
     assert all(parts[name]["limit"] <= 1 for name in ("tests", "resume", "throughput", "loader"))
     assert took < 20
+
+
+# ---------------------------------------------------------------- ablate
+
+
+def test_a_ladder_is_trained_scored_and_not_run_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("ladder.yaml").write_text("base: []\nslow: [training.lr=1e-4]\nbroken: [training.lr=1e4]\n")
+    sizes = ("model.dim=32", "model.depth=2", "model.levels=[1,2]", "predictor.dim=32", "predictor.depth=1",
+             "training.epochs=1", "training.warmup_epochs=0", "training.max_bad_steps=1")
+    command = [str(ROOT / "configs" / "digits_demo.yaml"), "ladder.yaml", "--jobs", "2"]
+    command += [word for s in sizes for word in ("--set", s)]
+    for _ in range(2):
+        result = CliRunner().invoke(ablate.main, command)
+        assert result.exit_code == 0, result.output
+        rows = json.loads(Path("results/ablations/ladder.json").read_text())["rows"]
+        assert [r["name"] for r in rows] == ["base", "slow", "broken"]
+        assert all(0.2 < r[f"{p}_{level}"] <= 1 for r in rows[:2] for p, level in ablate.COLUMNS)
+        assert "no longer finite" in rows[2]["failed"] or "without a finite gradient" in rows[2]["failed"]
+    written = Path("results/ladder-base-s0/metrics.jsonl").read_text()
+    assert written.count('"kind": "start"') == 1

@@ -109,6 +109,18 @@ def test_a_fit_never_has_a_negative_part():
     assert (flat.a, flat.b) == (pytest.approx(0.01, rel=0.1), 0)
 
 
+@pytest.mark.parametrize("overlap", [2, 3, 4])
+def test_a_fit_finds_how_far_launches_hide_behind_the_work(overlap):
+    made = timing.Fit(0.016, 0.00004, 0.0, overlap=overlap)
+    rows = [r | {"it_s": 1 / made.step(r["batch"])[1]} for r in rows_of(0, 1, [32, 64, 128, 256, 512, 1024])]
+    found = timing.fit(rows)
+    assert (found.a, found.b) == (pytest.approx(made.a), pytest.approx(made.b))
+    assert found.overlap == overlap
+    assert found.interval < 0.05
+    assert max(map(abs, timing.left_out(rows).values())) < 1e-6
+    assert timing.fit(rows[:2]).overlap == 1
+
+
 def test_the_interval_grows_with_the_noise_and_with_too_few_points():
     quiet, loud = (timing.fit(rows_of(0.004, 0.0002, [8, 32, 128, 512], noise)).interval for noise in (0.0, 0.1))
     assert 0.03 <= quiet < 0.05 < loud

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +28,21 @@ def here(config: Config, make_step: Callable[..., Any] | None = None, say: Say =
         say(f"nothing measured here for {config.name} yet ({file}): measuring for about 20 s, after compiling")
         rows = timing.measure_here(config, make_step)
         new = {**timing.document(backend.environment()), "rows": rows,
-               "fits": [timing.fitted(rows, timing.Costs(first_step=rows[0]["first_step_s"]))]}
+               "fits": [timing.fitted(rows, timing.Costs(first_step=min(r["first_step_s"] for r in rows)))]}
         timing.write(file, timing.merged(timing.recorded(file), new))
         found = timing.measured(config, file)
     return found or _scaled(config, file)
 
 
 def _scaled(config: Config, file: Path) -> timing.Fit | None:
-    wanted = timing.key(config)
-    fits = [f for f in timing.recorded(file)["fits"] if f["precision"] == wanted["precision"]]
+    """From the measured model nearest in FLOPs."""
+    wanted, found = timing.key(config), timing.recorded(file)
+    fits = [f for f in found["fits"] if f["precision"] == wanted["precision"]]
     if not fits:
         return None
     near = min(fits, key=lambda f: abs(f["gflop"] - wanted["gflop"]))
-    return timing.Fit(near["a"], near["b"] * wanted["gflop"] / near["gflop"], SCALED)
+    fit = timing.fit([r for r in found["rows"] if timing.same(r, near)])
+    return replace(fit, b=fit.b * wanted["gflop"] / near["gflop"], interval=SCALED)
 
 
 def times_here() -> Callable[[Config, int], Span | None] | None:

@@ -20,7 +20,6 @@ from mlx_hjepa.analyze.faults import faults, noise
 from mlx_hjepa.analyze.history import History, read
 from mlx_hjepa.analyze.measures import (
     EPOCHS,
-    Span,
     criteria,
     loss_change,
     progress,
@@ -31,6 +30,7 @@ from mlx_hjepa.analyze.measures import (
     times_of,
     verdict,
 )
+from mlx_hjepa.analyze.projection import times_from
 from mlx_hjepa.analyze.recommend import Times, presets, recommend
 from mlx_hjepa.run import Run, write_atomically
 
@@ -60,9 +60,11 @@ def analyze(source: Run | Path, times: Times | None = None, now: float | None = 
 def judge(h: History, where: Path, times: Times | None = None, now: float | None = None) -> dict[str, Any]:
     """Everything that the report says, as plain values."""
     found, held = faults(h), criteria(h)
-    change, each = loss_change(h), {"this run": times_of(h)}
-    if times:
-        each |= {name: {n: t for n in EPOCHS if (t := times(config, n))} for name, config in presets().items()}
+    change, each, rate = loss_change(h), {"this run": times_of(h)}, speed(h)
+    source = "the throughput benchmark" if times else "this run's speed and the FLOPs of a step"
+    others = times or (times_from(h.config, 1 / rate["it_s"]) if h.config and rate["it_s"] else None)
+    if others:
+        each |= {name: {n: t for n in EPOCHS if (t := others(config, n))} for name, config in presets().items()}
     result = {
         "run": h.name, "source": "PyTorch log" if h.pytorch else "metrics.jsonl", "device": h.device,
         "generated": time.strftime("%Y-%m-%d %H:%M:%S"), "state": h.state(now), "verdict": verdict(found, held),
@@ -73,7 +75,8 @@ def judge(h: History, where: Path, times: Times | None = None, now: float | None
         "knn": {"step": h.knn_step, "levels": h.knn, "last": h.knn_last},
         "health": {"step": h.health_step, "std": h.std, "effective_rank": h.rank, "cosine": h.cosine,
                    "baseline": h.baseline, "alarm": h.alarm},
-        "speed": speed(h), "schedule": schedule(h), "seconds_left": time_left(h), "seconds": each,
+        "speed": rate, "schedule": schedule(h), "seconds_left": time_left(h), "seconds": each,
+        "seconds_from": source,
     }
     return _plain(result)
 
@@ -116,7 +119,7 @@ def report(h: History, result: dict[str, Any]) -> str:
         "## Criteria", _table(["", "asked", "found", "met"], [
             [c["name"], c["required"], c["found"], MARK[c["passed"]]] for c in result["criteria"]]),
         "## Faults", "\n".join(faulty) or "None.", "## Learning", _learning(h, result), "## Speed", _speed(h, result),
-        "## Schedule", _schedule(h, result["schedule"]), "## Times", _times(result["seconds"]),
+        "## Schedule", _schedule(h, result["schedule"]), "## Times", _times(result),
         "![curves](validation_training_curves.png)"]
     return "\n\n".join(parts) + "\n"
 
@@ -169,13 +172,13 @@ def _schedule(h: History, s: dict[str, Any]) -> str:
     return "\n".join(lines) or "Not in what was written."
 
 
-def _times(seconds: dict[str, dict[str, Span]]) -> str:
-    rows = [[name, *(span(each[str(n)]) for n in EPOCHS)] for name, each in seconds.items() if each]
+def _times(result: dict[str, Any]) -> str:
+    rows = [[name, *(span(each[str(n)]) for n in EPOCHS)] for name, each in result["seconds"].items() if each]
     if not rows:
         return "The rate is not known yet."
     return _table(["", *(f"{n} epochs" for n in EPOCHS)], rows) + (
-        "\n\nThis run's from its own clock, checks and checkpoints included; the others' from the throughput benchmark."
-        if len(rows) > 1 else "\n\nFrom the run's own clock, checks and checkpoints included.")
+        "\n\nThis run's from its own clock, checks and checkpoints included"
+        + (f"; the others' from {result['seconds_from']}." if len(rows) > 1 else "."))
 
 
 def curves(h: History) -> bytes:

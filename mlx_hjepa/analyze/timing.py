@@ -1,4 +1,4 @@
-"""How long training takes: FLOPs, measured steps, the fit t = a + b * B, and what a run costs by it.
+"""How long training takes: FLOPs, measured steps, the fit of a step's time, and what a run costs by it.
 
 A row is one measured point as results/throughput/<machine>.json holds it (docs/performance.md names its keys).
 """
@@ -30,6 +30,7 @@ PICTURES = {"cifar10": 50_000, "cifar100": 50_000, "digits": 1_437}  # of the tr
 HEALTH_PICTURES, VALIDATION, BANK = 512, 5_000, 10_000  # what a health check and the online k-NN encode at most
 DISK = 0.5e9  # bytes a second of a checkpoint, hashed and synced, where none was measured
 STEPS = 1_000_000
+OVERLAPS = (1, 2, 3, 4)  # 1 first: of equals the simplest
 POINT = ("model", "levels", "precision", "image_size", "gflop")  # rows with these in common have one fit
 Row = dict[str, Any]
 
@@ -212,39 +213,57 @@ def stamp(environment: dict[str, Any], quick: bool) -> Row:
 
 @dataclass(frozen=True)
 class Fit:
-    """t = a + b * B seconds a step: a the floor of launches and optimizer, b the time of a picture. `interval` is the
-    relative half-width of a predicted t."""
+    """t = (a^p + (b * B)^p)^(1/p) seconds a step: a the floor of launches and optimizer, b the time of a picture.
+
+    overlap: p. With 1, t = a + b * B: one after the other; the larger, the more of the launches is hidden behind the
+    device's work, up to the larger of the two. `interval` is the relative half-width of a predicted t."""
 
     a: float
     b: float
     interval: float
     costs: Costs = UNKNOWN
     basis: str = ""
+    overlap: int = 1
 
     def step(self, batch: int) -> tuple[float, float, float]:
-        t = self.a + self.b * batch
+        t = (self.a**self.overlap + (self.b * batch) ** self.overlap) ** (1 / self.overlap)
         return t * (1 - self.interval), t, t * (1 + self.interval)
+
+    def errors(self, rows: list[Row]) -> np.ndarray:
+        """Predicted / measured - 1 of each row."""
+        return np.array([self.step(r["batch"])[1] * r["it_s"] - 1 for r in rows])
 
 
 def fit(rows: list[Row]) -> Fit:
-    """The Fit of one model's rows, by least squares of the relative error, with a >= 0.
+    """The Fit of one model's rows, by least squares of the relative error, with a, b >= 0; of the overlaps the one that
+    leaves least, where there are rows enough to tell.
 
     interval: twice the root of the residuals' variance plus the median spread squared, at least 3 %, and 10 % from two
     rows, which no residual checks. Raises UserError for fewer than two batch sizes.
     """
-    batch, t = np.array([r["batch"] for r in rows], float), np.array([1 / r["it_s"] for r in rows], float)
-    if len(set(batch)) < 2:
+    sizes = len({r["batch"] for r in rows})
+    if sizes < 2:
         raise UserError("a fit needs two batch sizes: run python benchmarks/throughput.py with more --batches")
-    x = np.stack([1 / t, batch / t], axis=1)
+    tries = [_line(rows, overlap) for overlap in (OVERLAPS if sizes > 2 else OVERLAPS[:1])]
+    found = min(tries, key=lambda f: float(np.square(f.errors(rows)).sum()))
+    variance = float(np.square(found.errors(rows)).sum()) / max(1, len(rows) - 2)
+    spread = statistics.median(r.get("spread", 0.0) for r in rows)
+    interval = max(0.03 if len(rows) > 2 else 0.10, 2 * (variance + spread**2) ** 0.5)
+    return replace(found, interval=min(interval, 0.9))
+
+
+def _line(rows: list[Row], overlap: int) -> Fit:
+    """With u = t^p and v = B^p a line again: u = a^p + b^p v, whose relative errors are p times those of t."""
+    batch, t = np.array([r["batch"] for r in rows], float), np.array([1 / r["it_s"] for r in rows], float)
+    v, u = (batch / batch.max()) ** overlap, (t / t.max()) ** overlap
+    x = np.stack([1 / u, v / u], axis=1)
     a, b = np.linalg.lstsq(x, np.ones(len(t)), rcond=None)[0]
     if a < 0 or b < 0:  # all floor, or none
         column = x[:, int(a < 0)]
         value = column.sum() / (column @ column)
         a, b = (0.0, value) if a < 0 else (value, 0.0)
-    variance = float(((a + b * batch) / t - 1) @ ((a + b * batch) / t - 1)) / max(1, len(t) - 2)
-    spread = statistics.median(r.get("spread", 0.0) for r in rows)
-    interval = max(0.03 if len(t) > 2 else 0.10, 2 * (variance + spread**2) ** 0.5)
-    return Fit(float(a), float(b), min(interval, 0.9))
+    root = 1 / overlap
+    return Fit(float(a**root * t.max()), float(b**root * t.max() / batch.max()), 0.0, overlap=overlap)
 
 
 def left_out(rows: list[Row]) -> dict[int, float]:
@@ -290,8 +309,8 @@ def same(a: Row, b: Row) -> bool:
 def fitted(rows: list[Row], costs: Costs, launches: float | None = None) -> Row:
     """One model's entry among a document's fits."""
     found = fit(rows)
-    return {**{k: rows[0][k] for k in POINT}, "a": found.a, "b": found.b, "interval": found.interval,
-            "left_out": left_out(rows), "costs": costs._asdict(), "launches": launches}
+    return {**{k: rows[0][k] for k in POINT}, "a": found.a, "b": found.b, "overlap": found.overlap,
+            "interval": found.interval, "left_out": left_out(rows), "costs": costs._asdict(), "launches": launches}
 
 
 def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
