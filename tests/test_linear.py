@@ -180,3 +180,26 @@ def test_evaluate_imports_nothing_from_train():
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else (
                 [f"{node.module}.{a.name}" for a in node.names] if isinstance(node, ast.ImportFrom) else [])
             assert not any(n.startswith("mlx_hjepa.train") for n in names), file
+
+
+def test_the_augmented_probe_learns_each_level_from_its_own_features():
+    digits = load_digits()
+    images = np.repeat((digits.images * 15).astype(np.uint8)[..., None], 3, axis=-1)
+    rows, test = np.arange(0, 1200), np.arange(1200, len(images))
+
+    def pixels(x, columns):
+        return x[..., 0].reshape(len(x), -1)[:, columns].astype(mx.float32 if isinstance(x, mx.array) else np.float32)
+
+    def noisy(x, key, columns):
+        found = pixels(x, columns)
+        return found + 5 * mx.random.normal(found.shape, key=key)
+
+    whole, part = slice(0, 64), slice(0, 16)
+    train, scored = ([Features(pixels(images[r], c), digits.target[r]) for c in (whole, part)] for r in (rows, test))
+    pictures = linear.Pictures(images, digits.target.astype(np.int32))
+    both = linear.augmented_probe(lambda x, key: [noisy(x, key, c) for c in (whole, part)], train, pictures, rows,
+                                  scored, 10, [1e-2, 1e-2], epochs=20)
+    assert both[0]["accuracy"] > 0.85 > both[1]["accuracy"] + 0.15 > 0.45
+    alone = linear.augmented_probe(lambda x, key: [noisy(x, key, part)], train[1:], pictures, rows, scored[1:],
+                                   10, [1e-2], epochs=20)
+    assert alone[0]["accuracy"] == pytest.approx(both[1]["accuracy"], abs=0.01)

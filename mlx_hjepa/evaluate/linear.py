@@ -163,36 +163,43 @@ def _make_step(lrs: tuple[float, ...], classes: int) -> Callable:
     return mx.compile(step)
 
 
-def augmented_probe(features: Callable[[mx.array, mx.array], mx.array], train: Features, pictures: Pictures,
-                    rows: np.ndarray, test: Features, classes: int, lr: float, seed: int = 0, epochs: int = 60,
-                    batch: int = 1000, progress: Progress | None = None) -> dict[str, Any]:
+def augmented_probe(features: Callable[[mx.array, mx.array], list[mx.array]], train: list[Features],
+                    pictures: Pictures, rows: np.ndarray, test: list[Features], classes: int, lrs: list[float],
+                    seed: int = 0, epochs: int = 60, batch: int = 1000,
+                    progress: Progress | None = None) -> list[dict[str, Any]]:
     """The paper-style flavour: a fresh crop and mirror image of every picture in every epoch, features computed anew.
 
-    features(images uint8, key) -> (B, D) gives those of augmented pictures; train and test are the plain cached ones,
-    for the standardisation and the one look at the end; rows are the training pictures of `pictures`. lr: the one that
-    `probe` chose. Costs epochs x pictures forward passes.
+    Several levels are probed at once, as one pass of the encoder gives them all: features(images uint8, key) -> a
+    (B, D) of augmented pictures for each; train, test and lrs hold each level's plain cached features, for the
+    standardisation and the one look at the end, and the rate that `probe` chose. rows are the training pictures of
+    `pictures`. Costs epochs x pictures forward passes.
     """
-    mean, scale = _statistics([train.plain])
-    n, dim = train.plain.shape
+    scales = [_statistics([t.plain]) for t in train]
+    n = len(rows)
     batch = max(1, min(batch, n // 32))
     steps = n // batch
-    state = [mx.zeros(s) for s in ((classes, dim), (classes,))]
-    state += [mx.zeros_like(s) for s in state] * 2
-    update, every = _make_step((lr,), classes), mx.arange(batch)
-    for step in range(steps * epochs):
-        epoch, part = divmod(step, steps)
-        if part == 0:
-            order = np.random.default_rng([seed, epoch]).permutation(n)
-        chosen = order[part * batch : (part + 1) * batch]
-        found = features(mx.array(pictures.read(rows[chosen])), mx.random.key((seed << 32) | step))
-        data = ((found - mx.array(mean)) * mx.array(scale))[:, None]
-        cosine = 0.5 * (1 + math.cos(math.pi * step / (steps * epochs)))
-        rates = mx.array([cosine, 1 / (1 - BETA1 ** (step + 1)), 1 / (1 - BETA2 ** (step + 1))])
-        state = update(state, data, mx.array(train.labels[chosen].astype(np.int32)), every, rates)
-        mx.eval(state)
-        if progress:
-            progress("augmented probe", step + 1, steps * epochs)
-    scores = np.array(mx.array((test.plain - mean) * scale) @ state[0].T + state[1])
-    result = probe_metrics(scores, test.labels.astype(np.int64))
-    return {"accuracy": result["top1"], "interval": result["interval"], "top5": result["top5"], "lr": lr,
-            "epochs": epochs}
+    states = [[mx.zeros(s) for s in ((classes, t.plain.shape[1]), (classes,))] * 3 for t in train]
+    updates, every = [_make_step((lr,), classes) for lr in lrs], mx.arange(batch)
+    constants = [[mx.array(value) for value in scale] for scale in scales]
+    for epoch in range(epochs):
+        order = np.random.default_rng([seed, epoch]).permutation(n)[: steps * batch]
+        for part, images in enumerate(pictures.stream(rows[order], batch, threads=4)):
+            step = epoch * steps + part
+            found = features(mx.array(images), mx.random.key((seed << 32) | step))
+            labels = mx.array(train[0].labels[order[part * batch : (part + 1) * batch]].astype(np.int32))
+            cosine = 0.5 * (1 + math.cos(math.pi * step / (steps * epochs)))
+            rates = mx.array([cosine, 1 / (1 - BETA1 ** (step + 1)), 1 / (1 - BETA2 ** (step + 1))])
+            before, states = states, [
+                update(state, ((x - mean) * scale)[:, None], labels, every, rates)
+                for update, state, x, (mean, scale) in zip(updates, states, found, constants, strict=True)]
+            mx.async_eval(states)
+            mx.eval(before)  # one step is prepared while the one before it runs
+            if progress:
+                progress("augmented probe", step + 1, steps * epochs)
+    results = []
+    for t, state, lr, (mean, scale) in zip(test, states, lrs, scales, strict=True):
+        scores = np.array(mx.array((t.plain - mean) * scale) @ state[0].T + state[1])
+        found = probe_metrics(scores, t.labels.astype(np.int64))
+        results.append({"accuracy": found["top1"], "interval": found["interval"], "top5": found["top5"], "lr": lr,
+                        "epochs": epochs})
+    return results

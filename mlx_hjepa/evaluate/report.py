@@ -232,10 +232,11 @@ def _run(report: Report, subjects: list[Subject], protocols: Protocols, flip: bo
         yield "quality"
     if protocols.augmented:
         say("linear probe on fresh crops ...")
-        for level in _levels(trained):
-            if level in whole:
-                scores = _scores(report, trained, level)
-                scores["linear_augmented"] = _augmented(trained, level, scores["linear"]["lr"], flip)
+        levels = [level for level in _levels(trained) if level in whole]
+        scores = [_scores(report, trained, level) for level in levels]
+        for own, found in zip(scores, _augmented(trained, levels, [s["linear"]["lr"] for s in scores], flip),
+                              strict=True):
+            own["linear_augmented"] = found
         yield "augmented"
     epochs = protocols.fine_tune_epochs or (None, None)
     for name, count, said in zip(("fine_tune", "scratch"), epochs, ("fine-tuning", "the same network from scratch"),
@@ -303,22 +304,23 @@ def _few_shot(subject: Subject, level: str | int) -> dict[str, Any]:
     return found
 
 
-def _augmented(subject: Subject, level: str | int, lr: float, flip: bool) -> dict[str, Any]:
+def _augmented(subject: Subject, levels: list[str | int], lrs: list[float], flip: bool) -> list[dict[str, Any]]:
     """The augmented linear probe with RandomResizedCrop 0.5 to 1 and, where the run took them, mirror images."""
     encoder, split = subject.encoder, subject.split
     assert encoder
     settings = Augment(crop="random_resized", scale=(0.5, 1.0), flip=flip)
     size, patch = encoder.config.data.image_size, encoder.config.model.patch
+    wanted = [encoder.levels[-1:] if level == "last" else encoder.levels for level in levels]
 
     @mx.compile
-    def features(images: mx.array, key: mx.array) -> mx.array:
+    def features(images: mx.array, key: mx.array) -> list[mx.array]:
         x = normalise(augment(images, size, settings, key), encoder.mean, encoder.std)
         found = pooled_features(encoder.encoder(encoder.weights, patchify(x, patch), fused=True))
-        wanted = encoder.levels[-1:] if level == "last" else encoder.levels
-        return mx.concatenate([found[:, encoder.depths.index(d)] for d in wanted], axis=1)
+        return [mx.concatenate([found[:, encoder.depths.index(d)] for d in depths], axis=1) for depths in wanted]
 
-    return augmented_probe(features, subject.features("train", level), split.train, split.train_rows,
-                           subject.features("test", level), len(split.classes), lr, progress=_told(subject, level))
+    train, test = ([subject.features(which, level) for level in levels] for which in ("train", "test"))
+    return augmented_probe(features, train, split.train, split.train_rows, test, len(split.classes), lrs,
+                           progress=subject.progress)
 
 
 def _quality(subjects: list[Subject]) -> dict[str, Any]:
