@@ -48,7 +48,8 @@ from mlx_hjepa.schedule import Schedule
 from mlx_hjepa.train import checkpoint, health
 from mlx_hjepa.train.step import DTYPES, Step, part
 
-MODELS = {"gpu": "192x12:4,8,12 384x6:2,4,6 384x6:1,2,3,4,5,6 384x12:4,8,12",
+MODELS = {"gpu": "192x12:4,8,12 384x6:2,4,6 384x6:1,2,3,4,5,6 "
+                 "384x6:1,2,3,4,5,6*4 384x12:4,8,12",
           "cpu": "64x4:2,4 128x6:2,4,6 192x12:4,8,12", "quick": "64x4:2,4 128x6:2,4,6"}
 BATCHES = {"gpu": "32,64,128,256,512,1024", "cpu": "8,16,32,64", "quick": "16,32,64"}
 EPOCHS = (5, 20, 50, 100)
@@ -62,11 +63,12 @@ VIEWS = {"Reshape", "Flatten", "Unflatten", "Transpose", "Slice", "Split", "Sque
 
 
 def model_config(spec: str, precision: str = "auto", size: int = 32) -> Config:
-    """`192x12:4,8,12`, or a size's name; levels at thirds of the depth when left out; `12/2` pools 2 x 2 windows.
+    """`192x12:4,8,12`, or a size's name; levels at thirds of the depth when left out; `12/2` pools 2 x 2 windows; `*4`
+    at the end takes four masks a picture.
 
     Patches of 4 at 32 px, of 16 at 224 px. Raises ConfigError.
     """
-    found = re.fullmatch(r"(?:(\d+)x(\d+)|(\w+))(?::(\d+(?:/\d+)?(?:,\d+(?:/\d+)?)*))?", spec)
+    found = re.fullmatch(r"(?:(\d+)x(\d+)|(\w+))(?::(\d+(?:/\d+)?(?:,\d+(?:/\d+)?)*))?(?:\*(\d+))?", spec)
     if not found or (found[3] and found[3] not in config.SIZES):
         raise ConfigError(f"--models {spec}: write it as 192x12:4,8,12, or one of {', '.join(config.SIZES)}")
     dim, depth = config.SIZES[found[3]] if found[3] else (int(found[1]), int(found[2]))
@@ -79,7 +81,8 @@ def model_config(spec: str, precision: str = "auto", size: int = 32) -> Config:
         "model": {"dim": dim, "depth": depth, "patch": patch, "head_dim": math.gcd(dim, 64),
                   "levels": [dict(zip(("depth", "pool"), level, strict=False)) for level in split]},
         "predictor": {"dim": narrow, "depth": 4 if depth >= 6 else 2, "head_dim": math.gcd(narrow, 64)},
-        "masking": {"target_tokens": tokens, "context_tokens": tokens}}, f"--models {spec}")
+        "masking": {"target_tokens": tokens, "context_tokens": tokens, "masks_per_image": int(found[5] or 1)}},
+        f"--models {spec}")
 
 
 def plan(models: str, configs: tuple[str, ...], precisions: str, sizes: str) -> list[Config]:

@@ -17,7 +17,7 @@ from mlx_hjepa.train.step import STATISTICS, Step
 PACKAGE = Path(mlx_hjepa.__file__).resolve().parent
 CONFIGS = PACKAGE.parent / "configs"
 PRESETS = sorted(CONFIGS.rglob("*.yaml"))
-NATIVE = ["vit_small_100ep", "vit_tiny_20ep", "vit_tiny_5ep", "vit_wide_20ep"]
+NATIVE = ["vit_small_100ep", "vit_tiny_20ep", "vit_tiny_5ep", "vit_wide_20ep", "vit_wide_lunch"]
 
 each_preset = pytest.mark.parametrize("file", PRESETS, ids=lambda file: file.stem)
 
@@ -52,6 +52,14 @@ def test_a_preset_loads_under_its_files_name(file, tmp_path):
     assert c.name == file.stem
     (tmp_path / "resolved.yaml").write_text(c.dump())
     assert config.load(tmp_path / "resolved.yaml") == c
+
+
+@pytest.mark.parametrize(("name", "published"), [
+    ("vit_wide_20ep", "vit_wide_20ep"), ("vit_wide_lunch", "vit_wide_20ep_m4"), ("digits_demo", "digits_demo")])
+def test_a_preset_is_what_its_published_scores_were_reached_with(name, published):
+    then = config.load(PACKAGE.parent / "docs" / "results" / published / "config.yaml")
+    data = then.data.model_copy(update={"root": None})
+    assert then.model_copy(update={"name": name, "data": data}) == preset(name)
 
 
 @each_preset

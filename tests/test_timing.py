@@ -371,6 +371,8 @@ def test_models_are_written_as_words():
     assert (c.model.dim, c.model.depth, c.model.patch, timing.levels_name(c)) == (192, 12, 16, "4,8,12/2")
     assert (c.masking.target_tokens, c.masking.context_tokens) == (76, 76)
     assert timing.levels_name(throughput.model_config("vit_wide")) == "2,4,6"
+    four = throughput.model_config("64x4:2,4*4")
+    assert (four.masking.masks_per_image, timing.levels_name(four)) == (4, "2,4*4")
     for wrong in ("192", "vit_huge", "192x12:a", "192x12:4,8"):
         with pytest.raises(config.ConfigError):
             throughput.model_config(wrong)

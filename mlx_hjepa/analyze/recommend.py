@@ -20,7 +20,8 @@ Times = Callable[[Config, int], Span | None]  # seconds of a configuration run f
 BASELINE_HOURS, NIGHT_HOURS = 4, 14
 NEXT = {  # the ladder of presets, files under configs/
     "digits_demo": "vit_tiny_5ep", "vit_tiny_5ep": "vit_tiny_20ep", "vit_tiny_20ep": "vit_small_100ep",
-    "vit_wide_20ep": "vit_small_100ep", "m1_max_quick_val": "compat/m1_max_full_20epoch",
+    "vit_wide_20ep": "vit_small_100ep", "vit_wide_lunch": "vit_small_100ep",
+    "m1_max_quick_val": "compat/m1_max_full_20epoch",
     "m1_max_full_20epoch": "compat/m1_max_full_100epoch",
 }
 COMPAT = {5: "m1_max_quick_val", 20: "m1_max_full_20epoch", 100: "m1_max_full_100epoch"}

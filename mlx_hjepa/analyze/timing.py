@@ -108,8 +108,10 @@ def parameters(config: Config) -> tuple[int, int]:
 
 
 def levels_name(config: Config) -> str:
-    """`4,8,12`; a level pooled over 2 x 2 windows is written `12/2`."""
-    return ",".join(f"{v.depth}/{v.pool}" if v.pool > 1 else str(v.depth) for v in config.model.levels)
+    """`4,8,12`; a level pooled over 2 x 2 windows is written `12/2`, four masks a picture `4,8,12*4`."""
+    masks = config.masking.masks_per_image
+    levels = ",".join(f"{v.depth}/{v.pool}" if v.pool > 1 else str(v.depth) for v in config.model.levels)
+    return f"{levels}*{masks}" if masks > 1 else levels
 
 
 def key(config: Config) -> Row:
