@@ -185,13 +185,13 @@ def augmented_probe(features: Callable[[mx.array, mx.array], list[mx.array]], tr
         order = np.random.default_rng([seed, epoch]).permutation(n)[: steps * batch]
         for part, images in enumerate(pictures.stream(rows[order], batch, threads=4)):
             step = epoch * steps + part
-            found = features(mx.array(images), mx.random.key((seed << 32) | step))
+            views = features(mx.array(images), mx.random.key((seed << 32) | step))
             labels = mx.array(train[0].labels[order[part * batch : (part + 1) * batch]].astype(np.int32))
             cosine = 0.5 * (1 + math.cos(math.pi * step / (steps * epochs)))
             rates = mx.array([cosine, 1 / (1 - BETA1 ** (step + 1)), 1 / (1 - BETA2 ** (step + 1))])
             before, states = states, [
                 update(state, ((x - mean) * scale)[:, None], labels, every, rates)
-                for update, state, x, (mean, scale) in zip(updates, states, found, constants, strict=True)]
+                for update, state, x, (mean, scale) in zip(updates, states, views, constants, strict=True)]
             mx.async_eval(states)
             mx.eval(before)  # one step is prepared while the one before it runs
             if progress:

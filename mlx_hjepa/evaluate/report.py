@@ -232,10 +232,10 @@ def _run(report: Report, subjects: list[Subject], protocols: Protocols, flip: bo
         yield "quality"
     if protocols.augmented:
         say("linear probe on fresh crops ...")
-        levels = [level for level in _levels(trained) if level in whole]
+        levels: list[str | int] = [level for level in _levels(trained) if level in whole]
         scores = [_scores(report, trained, level) for level in levels]
-        for own, found in zip(scores, _augmented(trained, levels, [s["linear"]["lr"] for s in scores], flip),
-                              strict=True):
+        rates = [s["linear"]["lr"] for s in scores]
+        for own, found in zip(scores, _augmented(trained, levels, rates, flip), strict=True):
             own["linear_augmented"] = found
         yield "augmented"
     epochs = protocols.fine_tune_epochs or (None, None)
