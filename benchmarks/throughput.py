@@ -179,15 +179,21 @@ def matrix_tflops(precision: str) -> float:
     x = (mx.random.normal((size, size)) * size**-0.5).astype(DTYPES[precision])
     mx.eval(x)
 
-    def seconds() -> float:
-        start, y = time.perf_counter(), x
+    def multiply() -> None:
+        y = x
         for _ in range(count):
             y = y @ x
         mx.eval(y)
-        return time.perf_counter() - start
 
-    seconds()
-    return 2 * size**3 * count / min(seconds() for _ in range(5)) / 1e12
+    return 2 * size**3 * count / min(seconds(multiply) for _ in range(6)) / 1e12
+
+
+def seconds(work: Callable[[], Any], times: int = 1) -> float:
+    """What it takes; of the last time, where the first compiles."""
+    for _ in range(times):
+        start = time.perf_counter()
+        work()
+    return time.perf_counter() - start
 
 
 def costs(c: Config, first_step: float) -> timing.Costs:
@@ -195,11 +201,6 @@ def costs(c: Config, first_step: float) -> timing.Costs:
 
     A kernel's first compilation on a machine is not counted: MLX keeps them (MLX_PTX_CACHE_DIR), and a run finds them.
     """
-    def timed(work: Callable[[], Any]) -> float:
-        start = time.perf_counter()
-        work()
-        return time.perf_counter() - start
-
     step = Step(HJEPA(c, (0.5,) * 3, (0.25,) * 3), Schedule(c.training, 10), backend.precision(c.training.precision))
     state, rng = step.initial_state(), np.random.default_rng(0)
     images = rng.integers(0, 256, (timing.HEALTH_PICTURES, 32, 32, 3), dtype=np.uint8)
@@ -211,18 +212,14 @@ def costs(c: Config, first_step: float) -> timing.Costs:
         for view in (lambda x: x[:, -1], lambda x: x.reshape(len(x), -1)):
             knn_accuracy(view(bank), labels, view(held), labels[: len(held)], 10, ks=(20,))
 
-    def seconds(work: Callable[[], Any]) -> float:
-        work()  # compiles its kernels
-        return timed(work)
-
     with tempfile.TemporaryDirectory() as folder:
         run = Run(folder)
         run.checkpoints.mkdir()
-        saving = timed(lambda: checkpoint.save(run, state, step.layout, {"step": 0}))
+        saving = seconds(lambda: checkpoint.save(run, state, step.layout, {"step": 0}))
     return timing.Costs(
-        first_step, seconds(lambda: probe.depth_features(images)) / len(images),
-        seconds(lambda: mx.eval(step.health(state, mx.array(images), key_of(0, 0)))),
-        seconds(lambda: health.statistics(held)) / len(held), seconds(search) / len(held) / len(bank), saving)
+        first_step, seconds(lambda: probe.depth_features(images), 2) / len(images),
+        seconds(lambda: mx.eval(step.health(state, mx.array(images), key_of(0, 0))), 2),
+        seconds(lambda: health.statistics(held), 2) / len(held), seconds(search, 2) / len(held) / len(bank), saving)
 
 
 def sweep(configs: list[Config], batches: list[int] | None, effort: dict[str, Any], quick: bool,

@@ -368,11 +368,11 @@ def test_other_errors_end_the_sweep(tiny_config, monkeypatch):
 
 def test_models_are_written_as_words():
     c = throughput.model_config("192x12:4,8,12/2", "bf16", 224)
-    assert (c.model.dim, c.model.depth, c.model.patch, timing.levels_name(c)) == (192, 12, 16, "4,8,12/2")
+    assert (c.model.dim, c.model.depth, c.model.patch, timing.key(c)["levels"]) == (192, 12, 16, "4,8,12/2")
     assert (c.masking.target_tokens, c.masking.context_tokens) == (76, 76)
-    assert timing.levels_name(throughput.model_config("vit_wide")) == "2,4,6"
+    assert timing.key(throughput.model_config("vit_wide"))["levels"] == "2,4,6"
     four = throughput.model_config("64x4:2,4*4")
-    assert (four.masking.masks_per_image, timing.levels_name(four)) == (4, "2,4*4")
+    assert (four.masking.masks_per_image, timing.key(four)["levels"]) == (4, "2,4*4")
     for wrong in ("192", "vit_huge", "192x12:a", "192x12:4,8"):
         with pytest.raises(config.ConfigError):
             throughput.model_config(wrong)
