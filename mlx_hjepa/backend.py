@@ -1,4 +1,4 @@
-"""The machine: BLAS, device, precision, memory, power, and what `doctor` finds wrong.
+"""The machine: BLAS, device, precision, memory and power.
 
 `prepare` runs before MLX is imported, so this module imports MLX only inside functions.
 """
@@ -11,20 +11,17 @@ import os
 import platform
 import re
 import shlex
-import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 MINIMUM_MLX = "0.32.1"  # before it the gradient of a LayerNorm's bias was at times wrong on Apple GPUs (mlx#3630)
-MINIMUM_MACOS = "14"
-LOW_DISK = 5e9
 NO_OPENBLAS = "MLX_HJEPA_NO_OPENBLAS"
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 PACKAGE = Path(__file__).resolve().parent
 
 _reason = "reference (libopenblas.so.0 not found)"  # why the CPU back-end has no OpenBLAS
@@ -36,6 +33,7 @@ _reason = "reference (libopenblas.so.0 not found)"  # why the CPU back-end has n
 def prepare() -> None:
     """What has to happen before `import mlx.core`; the package's first line calls it."""
     load_openblas()
+    keep_pages()
     kernel_cache()
 
 
@@ -69,6 +67,19 @@ def _openblas(library: str | None) -> str | None:
         return f"openblas {version[0] if version else '?'}, {blas.openblas_get_num_threads()} threads"
     except (OSError, AttributeError):
         return None
+
+
+def keep_pages() -> None:
+    """Let the Linux CPU back-end keep the memory of arrays that are freed.
+
+    glibc gives large ones back to the kernel, and each step then waits for fresh pages: a third of AdamW's update is
+    arithmetic (docs/performance.md). MLX caches buffers itself on GPUs.
+    """
+    if sys.platform == "linux" and not cuda_package():
+        with contextlib.suppress(OSError, AttributeError):  # another C library
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(M_MMAP_MAX, 0)
+            mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def blas() -> str:
@@ -171,10 +182,10 @@ def device() -> dict[str, Any]:
 def environment() -> dict[str, Any]:
     """`device` and what ran: command, commit and dirty (tracked files changed), null outside a checkout."""
     commit, dirty = None, None
-    top = _output("git", "-C", str(PACKAGE), "rev-parse", "--show-toplevel")
+    top = output("git", "-C", str(PACKAGE), "rev-parse", "--show-toplevel")
     if top and Path(top).resolve() == PACKAGE.parent:  # not the checkout of another project that we are installed into
-        commit = _output("git", "-C", str(PACKAGE), "rev-parse", "HEAD")
-        changes = _output("git", "-C", str(PACKAGE), "status", "--porcelain", "--untracked-files=no")
+        commit = output("git", "-C", str(PACKAGE), "rev-parse", "HEAD")
+        changes = output("git", "-C", str(PACKAGE), "status", "--porcelain", "--untracked-files=no")
         dirty = None if commit is None or changes is None else bool(changes)
     return {**device(), "commit": commit, "dirty": dirty,
             "command": shlex.join([Path(sys.argv[0]).name.replace("cli.py", "mlx-hjepa"), *sys.argv[1:]])}
@@ -219,7 +230,7 @@ def _memory() -> int:
 
 def _cpu_name() -> str | None:
     if sys.platform == "darwin":
-        return _output("sysctl", "-n", "machdep.cpu.brand_string")
+        return output("sysctl", "-n", "machdep.cpu.brand_string")
     try:
         found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
         return found[1] if found else None
@@ -229,11 +240,11 @@ def _cpu_name() -> str | None:
 
 @cache
 def _gpu_cores() -> int | None:
-    found = re.search(r'"gpu-core-count" = (\d+)', _output("ioreg", "-rd1", "-c", "AGXAccelerator") or "")
+    found = re.search(r'"gpu-core-count" = (\d+)', output("ioreg", "-rd1", "-c", "AGXAccelerator") or "")
     return int(found[1]) if found else None
 
 
-def _output(*command: str) -> str | None:
+def output(*command: str) -> str | None:
     """What a command prints, or None if it fails or takes over two seconds."""
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=2, check=True).stdout.strip()
@@ -247,7 +258,7 @@ def _output(*command: str) -> str | None:
 def on_battery(supplies: Path = Path("/sys/class/power_supply")) -> bool | None:
     """Whether the machine draws from its battery; None where that cannot be told."""
     if sys.platform == "darwin":
-        drawing = re.search(r"drawing from '(\w+)", _output("pmset", "-g", "batt") or "")
+        drawing = re.search(r"drawing from '(\w+)", output("pmset", "-g", "batt") or "")
         return drawing[1] == "Battery" if drawing else None
     states = []
     for online in supplies.glob("*/online"):
@@ -273,128 +284,3 @@ def keep_awake(say: Callable[[str], None] = print) -> Iterator[None]:
         if process is not None:
             process.terminate()
             process.wait()
-
-
-# ---------------------------------------------------------------- doctor
-
-
-class Finding(NamedTuple):
-    level: Literal["ok", "warn", "error"]
-    what: str
-    advice: str = ""
-
-
-def doctor(measure: bool = True) -> list[Finding]:
-    """What is right and wrong with this machine for training. `measure` times matrix products (about a second)."""
-    findings = [*_check_system(), *_check_mlx()]
-    if not any(f.level == "error" for f in findings):
-        findings += [_check_device(), *_check_linux_cpu(measure)]
-        findings += _check_data_cache()
-    return [*findings, _check_mlx_data(), *_check_disk()]
-
-
-def _check_system() -> list[Finding]:
-    if sys.platform != "darwin":
-        return []
-    if platform.machine() == "x86_64" or _output("sysctl", "-n", "sysctl.proc_translated") == "1":
-        return [Finding("error", "this is an x86 Python; MLX needs Apple silicon's own",
-                        "install an arm64 Python (python.org, or Homebrew in /opt/homebrew) and make .venv anew")]
-    macos = platform.mac_ver()[0]
-    if older(macos, MINIMUM_MACOS):
-        return [Finding("error", f"macOS {macos} is older than {MINIMUM_MACOS}, which MLX needs", "update macOS")]
-    return [Finding("ok", f"macOS {macos}, arm64 Python {platform.python_version()}")]
-
-
-def _check_mlx() -> list[Finding]:
-    try:
-        import mlx.core  # noqa: F401
-    except ImportError as error:
-        extra = "" if sys.platform == "darwin" else "[cpu]"
-        return [Finding("error", f"MLX does not load: {error}", f"pip install 'mlx{extra}>={MINIMUM_MLX}'")]
-    found = version("mlx") or "0"
-    if older(found, MINIMUM_MLX):
-        return [Finding("warn", f"MLX {found} is older than {MINIMUM_MLX}: its LayerNorm gradients can be wrong",
-                        f"pip install --upgrade 'mlx>={MINIMUM_MLX}'")]
-    return [Finding("ok", f"MLX {found}")]
-
-
-def _check_device() -> Finding:
-    here = device()
-    cores = f", {here['gpu_cores']} GPU cores" if here["gpu_cores"] else ""
-    what = f"{here['name']}{cores}, {here['memory'] / 1e9:.0f} GB, {here['kind']}, auto = {precision('auto')}"
-    if here["kind"] != "cpu":
-        return Finding("ok", what)
-    return Finding("warn", f"no GPU: {what}, {here['threads']} threads",
-                   "fine for the digits demo; train CIFAR presets on Apple silicon or an NVIDIA GPU")
-
-
-def _check_linux_cpu(measure: bool) -> list[Finding]:
-    if sys.platform != "linux" or kind() != "cpu":
-        return []
-    found = blas()
-    worth = f": {matmul_gflops():.0f} GFLOP/s in fp32" if measure else ""
-    if found.startswith("openblas"):
-        without = _gflops_without_openblas() if measure else None
-        findings = [Finding("ok", found + worth + (f", {without:.0f} without it" if without else ""))]
-    else:
-        late = "imported before" in found
-        advice = "import mlx_hjepa before mlx" if late else "sudo apt-get install libopenblas0"
-        findings = [Finding("warn", f"BLAS: {found}{worth}", f"{advice} (products some 40 times faster)")]
-    if shutil.which("g++"):
-        findings.append(Finding("ok", "g++ for mx.compile"))
-    else:
-        findings.append(Finding("warn", "no g++: MLX silently leaves the step uncompiled", "sudo apt-get install g++"))
-    return findings
-
-
-def matmul_gflops(size: int = 1024) -> float:
-    """fp32 matrix product on the CPU, the better of two after a small one that starts the threads, in GFLOP/s."""
-    import mlx.core as mx
-
-    def seconds(n: int) -> float:
-        a = mx.ones((n, n))
-        mx.eval(a)
-        start = time.perf_counter()
-        mx.eval(mx.matmul(a, a, stream=mx.cpu))
-        return time.perf_counter() - start
-
-    seconds(64)
-    return 2 * size**3 / min(seconds(size) for _ in range(2)) / 1e9
-
-
-def _gflops_without_openblas() -> float | None:
-    code = (f"import os, sys; os.environ['{NO_OPENBLAS}'] = '1'; sys.path.insert(0, {str(PACKAGE.parent)!r}); "
-            "from mlx_hjepa import backend; print(backend.matmul_gflops(512))")
-    try:
-        return float(subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=20).stdout)
-    except (OSError, subprocess.SubprocessError, ValueError):
-        return None
-
-
-def _check_mlx_data() -> Finding:
-    if version("mlx-data"):
-        return Finding("ok", f"mlx-data {version('mlx-data')}")
-    return Finding("warn", "no mlx-data: pictures are read as resident arrays and by Pillow",
-                   "pip install mlx-data (wheels: Python 3.10 to 3.13, macOS on Apple silicon and Linux x86-64)")
-
-
-def _check_disk() -> list[Finding]:
-    findings = []
-    for what, folder in (("here", Path.cwd()), (f"in {cache_folder()}", cache_folder())):
-        while not folder.exists():
-            folder = folder.parent
-        free = shutil.disk_usage(folder).free
-        if free < LOW_DISK:
-            findings.append(Finding("warn", f"{free / 1e9:.1f} GB of disk left {what}",
-                                    "a long run and its data want 5 GB: free some, or set MLX_HJEPA_CACHE elsewhere"))
-    return findings or [Finding("ok", "disk space")]
-
-
-def _check_data_cache() -> list[Finding]:
-    from mlx_hjepa.data.cifar import cache_problems
-
-    findings = []
-    for problem in cache_problems(cache_folder()):
-        what, _, advice = problem.replace("\n", " ").rpartition(". ")
-        findings.append(Finding("warn", what or advice, advice if what else "delete its folder and run again"))
-    return findings or [Finding("ok", f"data cache {cache_folder()}")]

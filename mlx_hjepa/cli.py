@@ -301,16 +301,17 @@ def data(dataset: str, root: str | None, on_corrupt: str, as_json: bool) -> None
 def doctor(as_json: bool) -> None:
     """Check this machine: MLX, its back-end, the compiler, memory, disk, the data cache."""
     from mlx_hjepa import backend
+    from mlx_hjepa.doctor import findings
 
-    findings = backend.doctor()
-    device = {} if any(f.what.startswith("MLX does not load") for f in findings) else backend.device()
+    found = findings()
+    device = {} if any(f.what.startswith("MLX does not load") for f in found) else backend.device()
     if as_json:
-        click.echo(json.dumps({"device": device, "findings": [f._asdict() for f in findings]}))
+        click.echo(json.dumps({"device": device, "findings": [f._asdict() for f in found]}))
     else:
         _print(device, False)
-        for finding in findings:
+        for finding in found:
             click.echo(f"{finding.level:>5}  {finding.what}" + (f"\n       {finding.advice}" if finding.advice else ""))
-    if any(f.level == "error" for f in findings):
+    if any(f.level == "error" for f in found):
         sys.exit(1)
 
 

@@ -5,7 +5,9 @@ import ctypes
 import dataclasses
 import hashlib
 import os
+import platform
 import re
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -15,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 
 import mlx_hjepa
-from mlx_hjepa import backend
+from mlx_hjepa import backend, doctor
 from mlx_hjepa.data.cifar import ARCHIVES
 
 ROOT = Path(mlx_hjepa.__file__).resolve().parents[1]
@@ -70,7 +72,7 @@ def test_the_module_does_not_import_mlx():
 # the library that MLX's matrix product reaches is seen by its speed: some 40 times the reference BLAS's
 @needs_openblas
 def test_openblas_is_loaded_before_mlx_and_used():
-    code = "from mlx_hjepa import backend; print(backend.blas()); print(backend.matmul_gflops(512))"
+    code = "from mlx_hjepa import backend, doctor; print(backend.blas()); print(doctor.matmul_gflops(512))"
     name, fast = python(code).splitlines()
     other, slow = python(code, **{backend.NO_OPENBLAS: "1"}).splitlines()
     assert (name.split()[0], other.split()[0]) == ("openblas", "reference")
@@ -85,6 +87,24 @@ def test_openblas_after_mlx_is_told_as_too_late():
     assert "too late" in reason
 
 
+@pytest.mark.skipif(sys.platform != "linux" or bool(backend.cuda_package()), reason="the Linux CPU back-end")
+def test_freed_memory_stays_with_the_process():
+    code = """
+import resource
+{}
+import mlx.core as mx
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    mx.eval(mx.zeros((100, 512, 1024)) + mx.array(1.0))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(faults(), faults(), faults())
+"""
+    for first, most in (("import mlx_hjepa", 500), ("", None)):
+        new, *again = map(int, python(code.format(first)).split())
+        assert new > 50_000  # 200 MB in pages of 4 kB
+        assert max(again) < most if most else min(again) > 10_000
+
+
 def test_device_and_environment_describe_this_machine():
     here = backend.environment()
     assert here["kind"] in ("metal", "cuda", "cpu")
@@ -94,7 +114,7 @@ def test_device_and_environment_describe_this_machine():
 
 
 def test_every_probe_may_fail(monkeypatch):
-    monkeypatch.setattr(backend, "_output", lambda *command: None)
+    monkeypatch.setattr(backend, "output", lambda *command: None)
     monkeypatch.setattr(backend, "_info", lambda: {})
     monkeypatch.setattr(backend, "_cpu_name", lambda: None)
     here = backend.environment()
@@ -139,7 +159,7 @@ def test_on_battery_on_linux(monkeypatch, tmp_path, files, expected):
 @pytest.mark.parametrize(("source", "expected"), [("Battery Power", True), ("AC Power", False), (None, None)])
 def test_on_battery_on_macos(monkeypatch, source, expected):
     monkeypatch.setattr(sys, "platform", "darwin")
-    monkeypatch.setattr(backend, "_output", lambda *command: source and f"Now drawing from '{source}'\n -Internal")
+    monkeypatch.setattr(backend, "output", lambda *command: source and f"Now drawing from '{source}'\n -Internal")
     assert backend.on_battery() is expected
 
 
@@ -169,7 +189,7 @@ def test_keep_awake_elsewhere_says_one_line(monkeypatch):
 def faults(monkeypatch, archives=None) -> str:
     """Everything that doctor does not call ok, as text; each finding must advise."""
     monkeypatch.setattr("mlx_hjepa.data.cifar.ARCHIVES", archives or {})
-    found = [f for f in backend.doctor(measure=False) if f.level != "ok"]
+    found = [f for f in doctor.findings(measure=False) if f.level != "ok"]
     assert all(f.advice and "\n" not in f.what + f.advice for f in found)
     return "\n".join(f"{f.level}: {f.what}: {f.advice}" for f in found)
 
@@ -181,8 +201,8 @@ def sound(monkeypatch, tmp_path):
     monkeypatch.setattr(backend, "kind", lambda: "cpu")
     monkeypatch.setattr(backend, "blas", lambda: "openblas 0.3.21, 2 threads")
     monkeypatch.setattr(backend, "version", lambda package: "0.33.0")
-    monkeypatch.setattr(backend.shutil, "which", lambda name: f"/usr/bin/{name}")
-    monkeypatch.setattr(backend.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**12))
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**12))
     monkeypatch.setenv("MLX_HJEPA_CACHE", str(tmp_path))
 
 
@@ -201,20 +221,20 @@ def test_a_sound_cpu_machine_lacks_only_a_gpu(monkeypatch, sound):
 ])
 def test_doctor_finds(monkeypatch, sound, probe, fake, expected):
     assert expected not in faults(monkeypatch)
-    monkeypatch.setattr(f"mlx_hjepa.backend.{probe}", fake)
+    monkeypatch.setattr(probe if probe.startswith("shutil") else f"mlx_hjepa.backend.{probe}", fake)
     assert expected in faults(monkeypatch)
 
 
 def test_doctor_finds_what_is_wrong_with_a_mac(monkeypatch, sound):
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setattr(backend, "kind", lambda: "metal")
-    monkeypatch.setattr(backend, "_output", lambda *command: "0" if "sysctl.proc_translated" in command else None)
-    monkeypatch.setattr(backend.platform, "machine", lambda: "arm64")
-    monkeypatch.setattr(backend.platform, "mac_ver", lambda: ("14.5", ("", "", ""), "arm64"))
+    monkeypatch.setattr(backend, "output", lambda *command: "0" if "sysctl.proc_translated" in command else None)
+    monkeypatch.setattr(platform, "machine", lambda: "arm64")
+    monkeypatch.setattr(platform, "mac_ver", lambda: ("14.5", ("", "", ""), "arm64"))
     assert faults(monkeypatch) == ""
-    monkeypatch.setattr(backend.platform, "mac_ver", lambda: ("13.6", ("", "", ""), "arm64"))
+    monkeypatch.setattr(platform, "mac_ver", lambda: ("13.6", ("", "", ""), "arm64"))
     assert "macOS 13.6 is older than 14" in faults(monkeypatch)
-    monkeypatch.setattr(backend.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     assert "error: this is an x86 Python" in faults(monkeypatch)
 
 
@@ -229,7 +249,7 @@ def test_doctor_finds_a_damaged_archive(monkeypatch, sound, tmp_path):
 @needs_openblas
 def test_doctor_measures_what_openblas_is_worth(monkeypatch):
     monkeypatch.setattr("mlx_hjepa.data.cifar.ARCHIVES", {})
-    line = next(f.what for f in backend.doctor() if f.what.startswith("openblas"))
+    line = next(f.what for f in doctor.findings() if f.what.startswith("openblas"))
     assert re.search(r": \d+ GFLOP/s in fp32, \d+ without it$", line)
 
 

@@ -9,7 +9,7 @@ import pytest
 from click import Group, Option
 from click.testing import CliRunner
 
-from mlx_hjepa import __version__, backend, config
+from mlx_hjepa import __version__, config, doctor
 from mlx_hjepa.cli import main
 from mlx_hjepa.run import Run, UserError
 from mlx_hjepa.train import trainer
@@ -177,8 +177,8 @@ def test_data_for_people(cli):
 
 
 def test_doctor_as_json(cli, monkeypatch):
-    doctor = backend.doctor
-    monkeypatch.setattr(backend, "doctor", lambda: doctor(measure=False))
+    whole = doctor.findings
+    monkeypatch.setattr(doctor, "findings", lambda: whole(measure=False))
     result = cli("doctor", "--json")
     assert result.exit_code in (0, 1)  # 1: this machine has an error
     found = json.loads(result.stdout)
@@ -189,7 +189,7 @@ def test_doctor_as_json(cli, monkeypatch):
 
 @pytest.mark.parametrize(("level", "status"), [("ok", 0), ("warn", 0), ("error", 1)])
 def test_doctor_fails_where_training_cannot_work(cli, monkeypatch, level, status):
-    monkeypatch.setattr(backend, "doctor", lambda: [backend.Finding(level, "a thing", "do this")])
+    monkeypatch.setattr(doctor, "findings", lambda: [doctor.Finding(level, "a thing", "do this")])
     for words in ([], ["--json"]):
         result = cli("doctor", *words)
         assert result.exit_code == status
@@ -201,7 +201,7 @@ def test_every_error_class_of_the_package_is_caught(cli, tmp_path, monkeypatch):
     for kind in (UserError, config.ConfigError):
         def fail(kind=kind):
             raise kind("say\nwhat to do")
-        monkeypatch.setattr(backend, "doctor", fail)
+        monkeypatch.setattr(doctor, "findings", fail)
         assert mistake(cli("doctor", "--json")) == "error: say\nwhat to do\n"
 
 
