@@ -41,9 +41,9 @@ setup-dev: .venv/.ready-dev
 	@touch $@
 
 demo: setup
-	$(BIN)/mlx-hjepa train configs/digits_demo.yaml \
-		$(if $(SHORT),--set name=digits_short --set training.epochs=2 --set training.warmup_epochs=0.5)
-	$(BIN)/mlx-hjepa eval --knn --linear
+	$(if $(SHORT),cd "$$(mktemp -d)" &&) "$(CURDIR)/$(BIN)/mlx-hjepa" train "$(CURDIR)/configs/digits_demo.yaml" \
+		$(if $(SHORT),--set name=digits_short --set training.epochs=2 --set training.warmup_epochs=0.5) && \
+		"$(CURDIR)/$(BIN)/mlx-hjepa" eval --knn --linear
 
 lint: setup-dev
 	$(BIN)/ruff check .

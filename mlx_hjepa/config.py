@@ -24,6 +24,7 @@ from pydantic import (
     model_validator,
 )
 
+PICTURES = {"cifar10": 50_000, "cifar100": 50_000, "digits": 1_437}  # of the training splits
 SIZES = {"vit_tiny": (192, 12), "vit_small": (384, 12), "vit_base": (768, 12), "vit_wide": (384, 6)}
 
 
@@ -135,6 +136,9 @@ class Model(Section):
                              "they must agree")
         if sorted(depths) != depths:
             raise ValueError(f"levels must be in order of depth; found {depths}")
+        pairs = [(level.depth, level.pool) for level in self.levels]
+        if twice := [pair for pair in pairs if pairs.count(pair) > 1]:
+            raise ValueError(f"levels: depth {twice[0][0]} with pool {twice[0][1]} is given twice")
         if isinstance(self.level_weights, list) and len(self.level_weights) != len(depths):
             raise ValueError(f"level_weights has {len(self.level_weights)} numbers for {len(depths)} levels")
         return self
@@ -252,6 +256,12 @@ class Config(Section):
         for level in self.model.levels:
             if level.pool > g:
                 raise ValueError(f"model.levels: pool {level.pool} is larger than the grid of {g} x {g} patches")
+        for dim in (self.model.dim, self.predictor.dim):
+            if round((dim or 0) * self.model.mlp_ratio) < 1:
+                raise ValueError(f"model.mlp_ratio {self.model.mlp_ratio:g} leaves a width of {dim} no hidden layer")
+        if (held := PICTURES.get(self.data.dataset)) and self.training.batch > held:
+            raise ValueError(f"training.batch {self.training.batch} is larger than the {held} training pictures of "
+                             f"{self.data.dataset}")
         m = self.masking
         if m.target_tokens + m.context_tokens > g * g:
             raise ValueError(f"masking: target_tokens {m.target_tokens} + context_tokens {m.context_tokens} is more "
@@ -314,15 +324,15 @@ def load(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Confi
     values.setdefault("name", path.stem)
     for item in overrides:
         _override(values, item)
-    return build(values, str(path))
+    return build(values, str(path), overrides)
 
 
-def build(values: dict, where: str = "config") -> Config:
-    """A Config from plain values; raises ConfigError as `load` does."""
+def build(values: dict, where: str = "config", overrides: tuple[str, ...] | list[str] = ()) -> Config:
+    """A Config from plain values; raises ConfigError as `load` does. What an override set is blamed on it."""
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(where, e) for e in error.errors()[:2])) from None
+        raise ConfigError("\n".join(_explain(where, e, overrides) for e in error.errors()[:2])) from None
 
 
 def section(kind: type[Section], name: str, values: dict) -> Any:
@@ -350,19 +360,26 @@ def _override(values: dict, item: str) -> None:
         raise ConfigError(f"--set {item}: the value is not valid YAML") from None
 
 
-def _explain(where: str, error: Any) -> str:
+def _explain(where: str, error: Any, overrides: tuple[str, ...] | list[str] = ()) -> str:
     path = [str(p) for p in error["loc"] if not str(p).startswith(("function-", "list[", "literal["))]
-    key = ".".join(path)
+    key, value = ".".join(path), error.get("input")
+    for item in overrides:
+        override = item.partition("=")[0]
+        if key and (f"{override}.".startswith(f"{key}.") or f"{key}.".startswith(f"{override}.")):
+            where = f"--set {item}"
+    shown = "" if isinstance(value, (dict, BaseModel)) or error["type"] == "missing" else f" (found {value!r})"
     if error["type"] == "extra_forbidden":
         known = _keys_beside(path)
         near = difflib.get_close_matches(path[-1].lower(), known, 1, 0.5)
-        elsewhere = [k for k in _all_keys() if k.split(".")[-1] == path[-1]]
+        wanted = {path[-1], *(value if isinstance(value, dict) else ())}
+        elsewhere = [k for k in _all_keys() if k.split(".")[-1] in wanted]
         hint = (f"did you mean {'.'.join([*path[:-1], near[0]])}?" if near else
                 f"did you mean {elsewhere[0]}?" if elsewhere else f"the keys here are {', '.join(known)}")
-        return f"{where}: unknown key {key}: {hint}"
+        return f"{where}: unknown key {key}: {hint}{shown}"
     message = error["msg"].removeprefix("Value error, ")
-    value = error.get("input")
-    shown = "" if isinstance(value, (dict, BaseModel)) or error["type"] == "missing" else f" (found {value!r})"
+    words = re.findall("'([^']*)'", str(error.get("ctx", {}).get("expected")))
+    near = difflib.get_close_matches(str(value), words, 1, 0.5)
+    shown += f": did you mean {near[0]}?" if near else ""
     return f"{where}: {key + ': ' if key else ''}{message[0].lower() + message[1:]}{shown}"
 
 
@@ -379,10 +396,5 @@ def _keys_beside(path: list[str]) -> list[str]:
 
 
 def _all_keys() -> list[str]:
-    keys = []
-    for name, field in Config.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys += [f"{name}.{k}" for k in field.annotation.model_fields]
-        else:
-            keys.append(name)
-    return keys
+    sections = {name: getattr(field.annotation, "model_fields", None) for name, field in Config.model_fields.items()}
+    return [key for name, fields in sections.items() for key in ([f"{name}.{k}" for k in fields] if fields else [name])]

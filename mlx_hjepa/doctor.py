@@ -133,6 +133,8 @@ def _check_data_cache() -> list[Finding]:
     from mlx_hjepa.data.cifar import cache_problems
 
     findings = []
+    if backend.cache_folder().is_file():
+        return [Finding("error", f"MLX_HJEPA_CACHE: {backend.cache_folder()} is a file", "let it name a folder")]
     for problem in cache_problems(backend.cache_folder()):
         what, _, advice = problem.replace("\n", " ").rpartition(". ")
         findings.append(Finding("warn", what or advice, advice if what else "delete its folder and run again"))

@@ -246,6 +246,12 @@ def test_doctor_finds_a_damaged_archive(monkeypatch, sound, tmp_path):
         assert (f"{archive.file}: SHA-256" in faults(monkeypatch, {"cifar10": archive})) is damaged
 
 
+def test_doctor_finds_a_cache_that_is_a_file(monkeypatch, sound, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MLX_HJEPA_CACHE", str(tmp_path / "file"))
+    assert "is a file: let it name a folder" in faults(monkeypatch)
+
+
 @needs_openblas
 def test_doctor_measures_what_openblas_is_worth(monkeypatch):
     monkeypatch.setattr("mlx_hjepa.data.cifar.ARCHIVES", {})

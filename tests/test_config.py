@@ -70,17 +70,18 @@ MODEL = "model: {size: vit_tiny, levels: [12]}\n"
 ])
 def test_an_unknown_key_is_an_error_that_names_the_nearest(key, nearest):
     text = refusal(**{key: 1})
-    assert text == f"base.yaml: unknown key {key.replace('__', '.')}: did you mean {nearest}?"
+    assert text == f"base.yaml: unknown key {key.replace('__', '.')}: did you mean {nearest}? (found 1)"
 
 
 def test_an_unknown_key_of_a_level_names_the_nearest():
     text = refusal(model__levels=[{"depth": 1, "pol": 2}, 2])
-    assert text == "base.yaml: unknown key model.levels.0.pol: did you mean model.levels.0.pool?"
+    assert text == "base.yaml: unknown key model.levels.0.pol: did you mean model.levels.0.pool? (found 2)"
 
 
 def test_a_key_near_nothing_lists_the_keys_of_its_place():
     assert "the keys here are dataset, root, source" in refusal(data__zzz=1)
     assert "the keys here are name, seed, data" in refusal(xyzzy={"a": 1})
+    assert "unknown key optimizer: did you mean training.lr?" in refusal(optimizer={"lr": 1})
 
 
 def test_every_section_refuses_unknown_keys():
@@ -152,6 +153,9 @@ def test_a_run_is_named_by_a_plain_word():
     ({"model__levels": [2, 1]}, "levels must be in order of depth; found [2, 1]"),
     ({"model__levels": []}, "levels needs at least one depth"),
     ({"model__levels": [{"depth": 2, "pool": 5}]}, "pool 5 is larger than the grid of 4 x 4 patches"),
+    ({"model__levels": [1, {"depth": 2, "pool": 2}, {"depth": 2, "pool": 2}]}, "depth 2 with pool 2 is given twice"),
+    ({"model__mlp_ratio": 0.01}, "model.mlp_ratio 0.01 leaves a width of 32 no hidden layer"),
+    ({"training__batch": 60000}, "training.batch 60000 is larger than the 50000 training pictures of cifar10"),
     ({"model__level_weights": [1.0]}, "level_weights has 1 numbers for 2 levels"),
     ({"model__dim": None}, "give size (one of vit_tiny, vit_small, vit_base, vit_wide), or both dim and depth"),
     ({"model__depth": None}, "give size"),
@@ -284,6 +288,18 @@ def test_a_bad_override(write, item, message):
         load(file, [item])
     assert message in str(error.value)
     assert len(str(error.value).splitlines()) <= 2
+
+
+def test_what_an_override_set_is_blamed_on_it(write):
+    file = write(MODEL + "data: {source: streem}\n")
+    for item, message in (("training.lr=quick", "--set training.lr=quick: training.lr: "),
+                          ("training={lrr: 1}", "--set training={lrr: 1}: unknown key training.lrr"),
+                          ("data.dataset=cifar", "did you mean cifar10?")):
+        with pytest.raises(ConfigError) as error:
+            load(file, [item])
+        assert message in str(error.value)
+        assert f"{file}: data.source: " in str(error.value)
+        assert "(found 'streem'): did you mean stream?" in str(error.value)
 
 
 def test_an_override_leaves_an_empty_section_usable(write):

@@ -144,6 +144,10 @@ def test_archive_is_checked_unpacked_and_reused(packed, tmp_path):
     with pytest.raises(UserError, match="not what was unpacked"):
         load_dataset(config.Data(), cache, quiet)
     assert len(cifar.cache_problems(cache)) == 1
+    (cache / archive.folder / cifar.MARKER).unlink()  # as when somebody copied it there
+    assert "not checked against the official archive" in cifar.cache_problems(cache)[0]
+    victim.write_bytes(raw[:1000])
+    assert "has 1,000 bytes" in cifar.cache_problems(cache)[0]
 
 
 @pytest.mark.parametrize("damage", ["cut", "other"])

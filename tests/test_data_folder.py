@@ -159,6 +159,7 @@ def test_corrupt_pictures_stop_the_run_by_default(root, load):
     with pytest.raises(UserError, match=r"4 corrupt pictures: train/cat/cut\.jpg \(.*truncated") as caught:
         load()
     assert "on_corrupt: skip" in str(caught.value)
+    assert "data --on-corrupt skip lists them all" in str(caught.value)
 
 
 def test_corrupt_pictures_are_left_out_counted_and_named(root, load):
@@ -249,3 +250,11 @@ def test_strays_among_classes_are_refused(root, load, stray):
     blocks(1).save(root / stray)
     with pytest.raises(UserError, match=f"in no class folder of train/: 1 picture: {stray}"):
         load()
+
+
+def test_pictures_of_kinds_that_are_not_read_are_told(root, load):
+    for name in ("b.HEIC", ".hidden.tiff"):
+        (root / "train" / "cat" / name).touch()
+    said = []
+    load(said.append)
+    assert said == ["passed over 1 picture: train/cat/b.HEIC (read are .jpg, .jpeg, .png, .bmp, .gif, .webp)"]

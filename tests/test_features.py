@@ -171,6 +171,18 @@ def test_the_random_encoder_is_that_of_step_0(run, settings):
     assert all(mx.array_equal(found[n], expected[n]).item() for n in expected)
 
 
+def test_the_random_encoder_has_the_runs_own_seed(run, settings, tmp_path):
+    other = settings.model_copy(update={"seed": 3})
+    seeded = Run.create(other, tmp_path / "seeded")
+    shutil.copy(run.environment_file, seeded.environment_file)
+    found, expected = random_encoder(seeded).weights, HJEPA(other, MEAN, STD).init()[0]
+    assert all(mx.array_equal(found[n], expected[n]).item() for n in expected)
+    first = random_encoder(run).weights
+    drawn = {n for n, w in first.items() if w.ndim == 2}
+    assert drawn
+    assert not any(mx.array_equal(found[n], first[n]).item() for n in drawn)
+
+
 # ---------------------------------------------------------------- what must not load
 
 

@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_hjepa.model.hjepa import HJEPA, baseline, key_of, smooth_l1
+from mlx_hjepa.model.hjepa import HJEPA, baseline, gather, key_of, smooth_l1
 from mlx_hjepa.model.vit import layer_norm
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -87,6 +87,18 @@ def test_two_levels_of_one_depth_share_the_predictors_source(tiny_config):
     patches, seen, wanted = masked(model, 4, mx.random.key(3))
     assert model.predictor.sources == 1
     assert model.predict(encoder, predictor, patches, seen, wanted, None).shape == (4, 4, 2, 32)
+
+
+def test_the_predictor_is_told_where_each_token_it_sees_comes_from(tiny_config):
+    model, encoder, predictor = model_of(tiny_config())
+    patches, seen, wanted = masked(model, 4, mx.random.key(6))
+    context = model.encoder(encoder, gather(patches, seen), seen)
+    told = model.predictor(predictor, context, seen, wanted)
+    turned = mx.array(np.roll(np.array(seen), 1, axis=1))  # the same places, each said of another token
+    moved = mx.abs(model.predictor(predictor, context, turned, wanted) - told).max().item()
+    rolled = model.predictor(predictor, [mx.roll(h, 1, axis=1) for h in context], turned, wanted)
+    assert moved > 100 * mx.abs(rolled - told).max().item(), "tokens are a set: their order alone tells nothing"
+    assert moved > 1e-3
 
 
 def test_smooth_l1_and_its_gradient():

@@ -111,6 +111,24 @@ def test_the_rate_is_chosen_on_the_validation_split_alone(sets):
         assert abs(moved.validation_accuracy[lr] - found.validation_accuracy[lr]) <= 1 / len(VALIDATION) + 1e-9
 
 
+def test_the_rate_with_the_best_validation_accuracy_is_the_one_fitted(sets):
+    lrs = (1e-4, 0.1, 1e5)  # too low, good, and so high that the weights run away
+    found = linear.probe(*sets, VALIDATION, 4, epochs=5, lrs=lrs)
+    low, good, high = (found.validation_accuracy[lr] for lr in lrs)
+    assert good > max(low, high) + 0.05
+    assert found.lr == 0.1
+    alone = linear.probe(*sets, VALIDATION, 4, epochs=5, lrs=(0.1,))
+    np.testing.assert_array_equal(found.predictions, alone.predictions)
+
+
+def test_the_layer_that_is_tested_has_learnt_the_validation_rows_too(sets):
+    train, test = sets
+    held = np.flatnonzero(train.labels == 3)  # a class that no other row holds
+    found = linear.probe(train, test, held, 4, epochs=10, lrs=(1e-2,))
+    assert found.validation_accuracy[1e-2] == 0
+    assert found.per_class[3] > 0.5
+
+
 def test_candidates_do_not_disturb_each_other(sets):
     alone = linear.probe(*sets, VALIDATION, 4, epochs=5, lrs=(1e-3,))
     together = linear.probe(*sets, VALIDATION, 4, epochs=5)

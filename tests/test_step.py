@@ -168,6 +168,17 @@ def test_a_bad_step_changes_nothing_and_is_counted(tiny_config):
     assert (np.array(mended.parameters) != np.array(state.parameters)).any()
 
 
+@pytest.mark.parametrize(("slope", "loss"), [(np.nan, 0.5), (np.inf, 0.5), (0.1, np.nan), (0.1, np.inf), (0.1, 0.5)])
+def test_a_gradient_or_a_loss_that_is_not_finite_is_enough_to_skip_the_update(tiny_config, slope, loss):
+    step = step_of(tiny_config())
+    state, _ = run(step, 1)
+    gradient = mx.where(mx.arange(state.parameters.size) == 7, slope, 0.01)
+    *after, statistics = step._apply(*state.arrays(), gradient, mx.array([loss, 0.5, 0.5]), step.scalars(1, [1.0, 1.0]))
+    bad = not np.isfinite([slope, loss]).all()
+    assert [(np.array(a) == np.array(b)).all() for a, b in zip(after[:4], state.arrays()[:4], strict=True)] == [bad] * 4
+    assert np.array(statistics)[2:4].tolist() == [bad, bad]
+
+
 def test_fp16_halves_its_loss_scale_after_a_bad_step_and_doubles_it_after_many_good_ones(tiny_config):
     step = step_of(tiny_config(), "fp16")
     guard = mx.array([0.0, 0.0, 1024.0, 1999.0])

@@ -1,7 +1,10 @@
 """The loop's parts, each seen to do what it says on tiny runs of the digits."""
 
 import json
+import os
 import shutil
+import signal
+import time
 
 import mlx.core as mx
 import numpy as np
@@ -204,3 +207,46 @@ def test_every_key_is_read_by_a_run(config, monkeypatch):
     assert len(keys) > 60
     of_other_data, resolved_by_config = {(Data, "root"), (Data, "on_corrupt")}, {(Model, "size")}
     assert {f"{section.__name__}.{key}" for section, key in keys - read - of_other_data - resolved_by_config} == set()
+
+
+def test_bad_steps_between_log_lines_are_shown_and_a_run_of_them_stops_the_run(config, monkeypatch, capsys):
+    scalars = trainer.Step.scalars
+    monkeypatch.setattr(trainer.Step, "scalars", lambda self, step, weights: scalars(
+        self, step, [float("nan")] * len(weights) if 3 <= step < 10 else weights))
+    run = finished(config(logging={"every_steps": 22}))
+    assert [(line["bad"], line["bad_in_a_row"]) for line in lines(run, "train")] == [(7, 7), (7, 0)]
+    assert "  7 skipped  " in capsys.readouterr().out
+    settings = config(logging={"every_steps": 22}, training={"max_bad_steps": 5})
+    with pytest.raises(UserError, match="7 steps in a row without a finite gradient"):
+        train(settings, Run.create(settings))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_the_data_are_read_ends_quietly(config, monkeypatch, capsys, number):
+    def slow(*_, **__):
+        os.kill(os.getpid(), number)
+        time.sleep(5)
+        raise AssertionError
+
+    monkeypatch.setattr(trainer, "load_dataset", slow)
+    before = signal.getsignal(signal.SIGTERM)
+    settings = config()
+    assert not train(settings, Run.create(settings))
+    assert "stopped before the first step" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_resumed_run_still_knows_its_health(config):
+    settings = config()
+    run = finished(settings)
+    shutil.rmtree(run.checkpoints / "step-000000044")
+    last = [line for line in lines(run, "health") if line["step"] <= 22][-1]
+    words = Trainer(settings, run, resume=True)._health_words()
+    assert words == f"rank {last['effective_rank'][-1]:.0f} std {last['std'][-1]:.2f}"
+
+
+def test_a_machine_that_is_unplugged_on_the_way_says_so_once(config, monkeypatch, capsys):
+    states = iter([False, False, True, True])
+    monkeypatch.setattr(backend, "on_battery", lambda: next(states, True))
+    finished(config())
+    assert capsys.readouterr().out.count("warning: running on battery") == 1

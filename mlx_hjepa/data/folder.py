@@ -27,6 +27,8 @@ from mlx_hjepa.data.dataset import Dataset, Pictures, Say, dx, moments, read_ahe
 from mlx_hjepa.run import UserError, write_atomically
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp")
+UNREAD = (".tif", ".tiff", ".heic", ".heif", ".avif", ".jfif", ".jp2", ".jxl")
+SHOWN = 3  # names in a message
 SAMPLED = 2_000  # pictures that mean and deviation are taken over
 VERSION = 2  # of the saved index
 JPEG_START, JPEG_END = b"\xff\xd8", b"\xff\xd9"
@@ -143,7 +145,7 @@ def load(data: config.Data, cache: Path, say: Say) -> Dataset:
     root = Path(data.root or "").expanduser().resolve()
     if not root.is_dir():
         raise UserError(f"{root}: no such folder. Point data.root at the folder of pictures")
-    paths = _find(root)
+    paths = _find(root, say)
     index = cache / "folders" / f"{hashlib.sha256(os.fsencode(root)).hexdigest()[:16]}.json"
     saved = _saved(index)
     entries = _inspect_all(root, paths, saved["files"], data.threads, say)
@@ -166,22 +168,28 @@ def load(data: config.Data, cache: Path, say: Say) -> Dataset:
     return Dataset("folder", classes, train, test, fingerprint.hexdigest(), note, mean, std, corrupt)
 
 
-def _find(root: Path) -> list[str]:
-    """Paths relative to `root`, sorted: in train/ and in test/ or val/, or anywhere when there is no train/."""
+def _find(root: Path, say: Say) -> list[str]:
+    """Paths relative to `root`, sorted: in train/ and in test/ or val/, or anywhere when there is no train/. Says what
+    other pictures lie among them."""
     tops = [root]
     if (root / "train").is_dir():
         tops = [root / "train", *[root / name for name in ("test", "val") if (root / name).is_dir()][:1]]
     paths: list[str] = []
+    others: list[str] = []
     for top in tops:
         before = len(paths)
         for folder, inner, files in os.walk(top):
             inner[:] = [name for name in inner if not name.startswith(".")]
             inside = os.path.relpath(folder, root)
-            paths += [os.path.normpath(f"{inside}/{name}") for name in files
-                      if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
+            for name in sorted(name for name in files if not name.startswith(".")):
+                for found, suffixes in ((paths, SUFFIXES), (others, UNREAD)):
+                    if name.lower().endswith(suffixes):
+                        found.append(os.path.normpath(f"{inside}/{name}"))
         if len(paths) == before:
             raise UserError(f"{top}: no pictures here. Expected {', '.join(SUFFIXES)} files, as train/<class>/* or "
                             "without labels in any folders")
+    if others:
+        say(f"passed over {_list('picture', others)} (read are {', '.join(SUFFIXES)})")
     return sorted(paths)
 
 
@@ -211,7 +219,8 @@ def _refuse_corrupt(corrupt: list[Entry], data: config.Data, say: Say) -> tuple[
     names = tuple(entry.path for entry in corrupt)
     if names and data.on_corrupt == "error":
         named = _list("corrupt picture", [f"{entry.path} ({entry.verdict})" for entry in corrupt])
-        raise UserError(f"{data.root}: {named}.\nRemove them, or leave them out with data.on_corrupt: skip")
+        every = " (mlx-hjepa data --on-corrupt skip lists them all)" if len(names) > SHOWN else ""
+        raise UserError(f"{data.root}: {named}.\nRemove them, or leave them out with data.on_corrupt: skip{every}")
     if names:
         say(f"left out {_list('corrupt picture', names)}")
     return names
@@ -219,7 +228,7 @@ def _refuse_corrupt(corrupt: list[Entry], data: config.Data, say: Say) -> tuple[
 
 def _list(what: str, names: Sequence[str]) -> str:
     """The count and the first three."""
-    return f"{len(names):,} {what}{'s' * (len(names) > 1)}: {', '.join(names[:3])}{' ...' * (len(names) > 3)}"
+    return f"{len(names):,} {what}{'s' * (len(names) > 1)}: {', '.join(names[:SHOWN])}{' ...' * (len(names) > SHOWN)}"
 
 
 def _inspect_all(root: Path, paths: list[str], saved: dict[str, list], threads: int, say: Say) -> list[Entry]:

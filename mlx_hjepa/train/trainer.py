@@ -37,7 +37,15 @@ def train(config: Config, run: Run, resume: bool = False) -> bool:
     Raises UserError: unreadable data, a batch larger than the data, another configuration than the checkpoint's, no
     sound checkpoint, or training that is no longer finite.
     """
-    return Trainer(config, run, resume).fit()
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the first step there is nothing to save
+    try:
+        trainer = Trainer(config, run, resume)
+    except KeyboardInterrupt:
+        print("stopped before the first step: nothing to save", flush=True)
+        return False
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return trainer.fit()
 
 
 class Trainer:
@@ -58,7 +66,7 @@ class Trainer:
         self.unprobed = self.data.train.labels is None
         self.probe = FrozenEncoder(config, {}, self.data.mean, self.data.std)
         self.alarm = health.Alarm()
-        self.found: dict[str, Any] | None = None
+        self.unplugged: bool | None = None
         if not (resume and self._restore()):
             self.state = self.step.initial_state()
             self.progress: dict[str, Any] = {
@@ -157,10 +165,15 @@ class Trainer:
             self.log.line(f"resumed at step {start:,} of {self.schedule.total:,}")
         if slow := backend.slow_heads(c.model.head_dim):
             self.log.line(f"note: {slow}")
-        if backend.on_battery():
-            self.log.line("warning: running on battery: plug the machine in, or it slows down and may stop")
+        self._warn_of_battery()
         self.log.record("resume" if start else "start", start, total=self.schedule.total, epoch_steps=self.epoch_steps,
                         batch=c.training.batch, precision=self.precision, device=device["name"])
+
+    def _warn_of_battery(self) -> None:
+        """When the machine is unplugged, at the start and at each health check: told once until it is plugged in."""
+        told, self.unplugged = self.unplugged, backend.on_battery()
+        if self.unplugged and not told:
+            self.log.line("warning: running on battery: plug the machine in, or it slows down and may stop")
 
     def _every(self, step: int, epochs: float) -> bool:
         period = max(1, round(epochs * self.epoch_steps))
@@ -189,6 +202,7 @@ class Trainer:
         return self.probe.extract(self.data.train, indices)
 
     def _check_health(self, step: int) -> None:
+        self._warn_of_battery()
         chosen = order(self.config.data.split_seed, 0, len(self.data.train))[:HEALTH_PICTURES]
         images = mx.array(self.data.train.read(np.asarray(chosen)))
         values = self.step.health(self.state, images, key_of(self.config.seed, HEALTH_STEP))
@@ -199,11 +213,11 @@ class Trainer:
         found = {"loss": loss, "baseline": base, "cosine": cosine, **health.statistics(features)}
         reason = self.alarm.check(found)
         self.progress |= {"checked": step, "baseline": base, "level_weights": self._level_weights(base),
-                          "alarm": self.alarm.dump()}
+                          "alarm": self.alarm.dump(),
+                          "health": {"rank": found["effective_rank"][-1], "std": found["std"][-1]}}
         self.log.record("health", step, epoch=step / self.epoch_steps, **found, alarm=reason)
         if reason:
             self.log.line(f"COLLAPSE at step {step}: {reason}.\n  {health.ADVICE}")
-        self.found = found
 
     def _level_weights(self, base: list[float] | None) -> list[float]:
         chosen, levels = self.config.model.level_weights, len(self.config.model.levels)
@@ -254,7 +268,7 @@ class Trainer:
         values = dict(zip(STATISTICS, means[: len(STATISTICS)], strict=True))
         base, weights = self.progress["baseline"], self.progress["level_weights"]
         ratio = values["loss"] * sum(weights) / float(np.dot(base, weights)) if base else None
-        values |= {"bad": int(rows[-1, 2]), "bad_in_a_row": int(rows[-1, 3]), "loss_scale": rows[-1, 4]}
+        values |= {"bad": int(rows[-1, 2]), "bad_in_a_row": int(rows[:, 3].max()), "loss_scale": rows[-1, 4]}
         peak, waited, self.waited = backend.peak_memory_gb(), self.waited / len(waiting), 0.0
         self.log.record("train", step, epoch=step / self.epoch_steps, steps=len(waiting), loss_ratio=ratio, **values,
                         levels=list(means[len(STATISTICS):]), lr=self.schedule.lr(step - 1),
@@ -262,16 +276,16 @@ class Trainer:
                         it_s=rate, img_s=rate * self.config.training.batch, wait_s=waited, peak_gb=peak,
                         first_step_seconds=pace.first_step, seconds=self.progress["seconds"])
         shown = f"{ratio:.3f}" if ratio is not None else "-"
+        skipped = f"{values['bad']} skipped  " if values["bad"] else ""
         self.log.status(step, f"epoch {step / self.epoch_steps:.2f}/{self.config.training.epochs} step {step:,}  "
                               f"loss {values['loss']:.4f} ratio {shown}  lr {self.schedule.lr(step - 1):.2e}  "
                               f"{rate * self.config.training.batch:,.0f} img/s {rate:.2f} it/s  {peak:.1f} GB  "
-                              f"{self._health_words()}  {pace.left(step)}")
+                              f"{self._health_words()}  {skipped}{pace.left(step)}")
         self._warn(step, values, pace, rate)
 
     def _health_words(self) -> str:
-        if self.found is None:
-            return "health -"
-        return f"rank {self.found['effective_rank'][-1]:.0f} std {self.found['std'][-1]:.2f}"
+        health = self.progress.get("health")
+        return f"rank {health['rank']:.0f} std {health['std']:.2f}" if health else "health -"
 
     def _warn(self, step: int, values: dict[str, Any], pace: Pace, rate: float) -> None:
         if pace.slowed(rate):

@@ -11,10 +11,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_hjepa import backend
 from mlx_hjepa.run import Run, UserError
 from mlx_hjepa.train import trainer
 from mlx_hjepa.train.log import truncate
-from mlx_hjepa.train.trainer import train
+from mlx_hjepa.train.trainer import Trainer, train
 
 STEPS = 44  # 2 epochs of floor(1437 / 64)
 
@@ -108,6 +109,30 @@ def test_killed_without_warning_a_run_goes_on_from_its_checkpoint(config):
     assert equal(final(whole), final(killed))
 
 
+def test_every_step_of_a_killed_and_resumed_run_is_logged_once(config, monkeypatch):
+    settings = config(model={"dim": 16, "depth": 1, "levels": [1]}, training={"batch": 256},
+                      logging={"every_steps": 1, "health_every": 0.4})
+    run, real = Run.create(settings), trainer.batches
+
+    def killed(*arguments):
+        """Nothing is saved between the checkpoint at step 5 and the end at step 8."""
+        for step, images in enumerate(real(*arguments)):
+            if step == 8:
+                raise MemoryError
+            yield images
+
+    monkeypatch.setattr(trainer, "batches", killed)
+    with pytest.raises(MemoryError):
+        train(settings, run)
+    assert [line["step"] for line in lines(run, "train")] == list(range(1, 9))
+    monkeypatch.setattr(trainer, "batches", real)
+    assert train(settings, run, resume=True)
+    assert [line["step"] for line in lines(run, "resume")] == [5]
+    assert [line["step"] for line in lines(run, "train")] == list(range(1, 11))
+    assert [line["step"] for line in lines(run, "health")] == list(range(0, 11, 2))
+    assert [line["step"] for line in lines(run, "knn")] == [5, 10]
+
+
 def test_stream_and_resident_train_to_the_same_weights(config):
     runs = []
     for source in ("stream", "resident"):
@@ -150,6 +175,70 @@ def test_the_alarm_goes_when_a_run_collapses_and_not_when_it_is_healthy(config):
     healthy = Run.create(settings)
     train(settings, healthy)
     assert not any(line["alarm"] for line in lines(healthy, "health"))
+
+
+def test_the_alarm_goes_on_counting_after_a_resume(config, monkeypatch):
+    settings = config()
+    run = Run.create(settings)
+    interrupt_at(monkeypatch, {5, 12})
+    first = Trainer(settings, run, resume=False)
+    first.alarm.reference = {"std": 1e6, "effective_rank": 1e6}  # as if it had begun far better than it is
+    assert not first.fit()
+    assert first.alarm.strikes == 1
+    again = Trainer(settings, run, resume=True)
+    assert again.alarm == first.alarm
+    assert not again.fit()
+    assert [(line["step"], bool(line["alarm"])) for line in lines(run, "health")] == [(0, False), (11, True)]
+
+
+def test_the_guard_of_the_steps_goes_on_after_a_resume(config):
+    settings = config(training={"precision": "fp16"})
+    first = Trainer(settings, Run.create(settings), resume=False)
+    guard = [3.0, 7.0, 512.0, 1234.0]  # bad in a row, bad in all, loss scale, good since it was changed
+    assert np.array(first.state.guard).tolist() != guard
+    first.state.guard = mx.array(guard)
+    first._save()
+    assert np.array(Trainer(settings, first.run, resume=True).state.guard).tolist() == guard
+
+
+@pytest.mark.parametrize("held", [("batches",), ("key_of",), ("batches", "key_of")])
+def test_the_seed_orders_the_pictures_and_draws_what_is_random_in_a_step(config, monkeypatch, held):
+    """Two seeds from the same weights: with one use of the seed held at 0, the other makes it another step."""
+    batches, key_of = trainer.batches, trainer.key_of
+    if "batches" in held:
+        monkeypatch.setattr(trainer, "batches", lambda pictures, source, seed, *rest: batches(
+            pictures, source, 0, *rest))
+    if "key_of" in held:
+        monkeypatch.setattr(trainer, "key_of", lambda seed, step: key_of(0, step))
+    moments: set[int] = set()
+    interrupt_at(monkeypatch, moments)
+    runs = []
+    for seed in (0, 1):
+        settings = config(seed=seed, model={"level_weights": "equal"})
+        runs.append(Trainer(settings, Run.create(settings), resume=False))
+        runs[-1].state = runs[0].step.initial_state()
+        moments.add(0)
+        assert not runs[-1].fit()
+        assert runs[-1].progress["step"] == 1
+    one, two = (np.array(at.state.parameters) for at in runs)
+    assert (one == two).all() == (len(held) == 2)
+
+
+def test_after_its_first_step_a_process_keeps_no_more_freed_memory_than_a_step_needs(config, monkeypatch):
+    calls, real = [], backend.set_cache_limit
+
+    def watched(gb=None):
+        calls.append((at.progress["step"], gb / backend.peak_memory_gb()))
+        return real(gb)
+
+    monkeypatch.setattr(backend, "set_cache_limit", watched)
+    interrupt_at(monkeypatch, {3, 6})
+    settings = config()
+    run = Run.create(settings)
+    for resume in (False, True):
+        at = Trainer(settings, run, resume)
+        assert not at.fit()
+    assert calls == [(0, pytest.approx(1.2, rel=0.02)), (4, pytest.approx(1.2, rel=0.02))]
 
 
 def test_gradients_that_stay_infinite_stop_the_run_with_what_to_try(config):
