@@ -21,6 +21,7 @@ from mlx_hjepa import backend, config
 from mlx_hjepa.cli import main
 from mlx_hjepa.data import Pictures
 from mlx_hjepa.data.dataset import load_dataset
+from mlx_hjepa.data.digits import NOTE
 from mlx_hjepa.evaluate import report as module
 from mlx_hjepa.evaluate import summary
 from mlx_hjepa.evaluate.features import FrozenEncoder, random_encoder
@@ -578,7 +579,7 @@ def test_progress_is_for_a_terminal(run, cli, tmp_path, monkeypatch):
     for word in words:
         assert word in "".join(result.stderr for result in drawn), word
     said = "".join(result.stderr for result in plain).splitlines()
-    assert said == ["features ...", "k-NN ...", "linear probe ...", "few-shot ...", "feature quality ...",
+    assert said == [NOTE, "features ...", "k-NN ...", "linear probe ...", "few-shot ...", "feature quality ...",
                     "linear probe on fresh crops ...", "fine-tuning ...", "the same network from scratch ..."]
 
 
