@@ -106,6 +106,7 @@ def test_levels_are_chosen_by_name_or_depth(run, images):
     for level, places in {"last": [4], "levels": [0, 2, 4], "last4": [1, 2, 3, 4], 3: [2], "4": [3]}.items():
         np.testing.assert_array_equal(model.select(f, level), np.concatenate([f[:, p] for p in places], axis=1))
     np.testing.assert_allclose(model.features(images), model.select(f, "levels"), atol=1e-6)
+    assert model.features(images[:0]).shape == (0, model.features(images).shape[1])
     np.testing.assert_allclose(load(run.folder).features(images), model.features(images), atol=1e-6)
     for level in (0, 6, "6", "best", "-1"):
         with pytest.raises(ValueError, match="level must be"):

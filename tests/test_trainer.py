@@ -79,6 +79,9 @@ def test_log_lines_are_means_and_the_ratio_is_over_the_baseline(config):
     start = lines(finished(config()), "health")[0]
     assert mean["loss_ratio"] == pytest.approx(mean["loss"] / np.mean(start["baseline"]), rel=1e-4)
     assert 0 <= mean["wait_s"] < 1
+    across = lines(finished(config(logging={"every_steps": 22})), "train")[0]  # a check at step 11 renews the baseline
+    guess = [np.mean(line["baseline"]) for line in lines(finished(config()), "health")[:2]]
+    assert across["loss_ratio"] == pytest.approx(across["loss"] / np.mean(guess), rel=1e-4)
 
 
 def test_balanced_levels_weigh_one_over_their_baseline(config):

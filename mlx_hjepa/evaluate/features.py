@@ -76,7 +76,7 @@ class FrozenEncoder:
         depths = named.get(str(level)) or [int(level) if str(level).isdigit() else -1]
         if not set(depths) <= set(self.depths):
             raise ValueError(f"level must be 'last', 'levels' or a depth of {self.depths}, not {level!r}")
-        return features[:, [self.depths.index(d) for d in depths]].reshape(len(features), -1)
+        return features[:, [self.depths.index(d) for d in depths]].reshape(len(features), len(depths) * self.dim)
 
     def extract(self, pictures: Pictures, indices: np.ndarray, mirror: bool = False,
                 progress: Callable[[int], None] | None = None) -> np.ndarray:

@@ -109,6 +109,7 @@ class Trainer:
                              start, total, self.config.data.threads)
             self.pace, self.saved = Pace(total, start), time.monotonic()
             self.waiting: list[mx.array] = []
+            self.guesses: list[float] = []  # what the best constant guess would have cost each of them
             self.waited = 0.0
             for step in range(start, total + 1):
                 self.progress |= {"step": step, "seconds": seconds + time.monotonic() - began}
@@ -137,6 +138,8 @@ class Trainer:
         if self.waiting:
             mx.eval(self.waiting[-1])
         self.waiting.append(statistics)
+        base, weights = self.progress["baseline"], self.progress["level_weights"]
+        self.guesses.append(float(np.dot(base, weights)) / sum(weights) if base else np.nan)
 
     def _pause(self, step: int, stop: bool) -> None:
         """Health, online k-NN and a checkpoint, each where it is due; a run resumed at this step repeats none."""
@@ -259,15 +262,17 @@ class Trainer:
     def _report(self, step: int) -> None:
         """A log line of the steps since the last one; here alone the device's numbers are read."""
         waiting, self.waiting, pace = self.waiting, [], self.pace
+        guesses, self.guesses = np.array(self.guesses), []
         if not waiting:
             return
         rows = np.array(mx.stack(waiting), np.float64)
         rate = pace.lap(len(waiting))
-        finite = rows[np.isfinite(rows[:, 0])]
-        means = (finite if len(finite) else rows).mean(axis=0)
+        finite = np.isfinite(rows[:, 0])
+        chosen = finite if finite.any() else ~finite
+        means = rows[chosen].mean(axis=0)
         values = dict(zip(STATISTICS, means[: len(STATISTICS)], strict=True))
-        base, weights = self.progress["baseline"], self.progress["level_weights"]
-        ratio = values["loss"] * sum(weights) / float(np.dot(base, weights)) if base else None
+        guess = float(guesses[chosen].mean())
+        ratio = values["loss"] / guess if np.isfinite(guess) else None
         values |= {"bad": int(rows[-1, 2]), "bad_in_a_row": int(rows[:, 3].max()), "loss_scale": rows[-1, 4]}
         peak, waited, self.waited = backend.peak_memory_gb(), self.waited / len(waiting), 0.0
         self.log.record("train", step, epoch=step / self.epoch_steps, steps=len(waiting), loss_ratio=ratio, **values,
