@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Measure the training step on this machine: `python benchmarks/throughput.py [--quick]`.
 
-Sweeps batch sizes for each model, precision and picture size and fits t = a + b * B, or what comes of it where launches
-hide behind the device's work (timing.Fit). Prints tables and writes results/throughput/<machine>.json, from which
-`mlx-hjepa project` tells how long a run takes, and a picture. Running out of memory ends a model's row of batches;
-Ctrl-C keeps what is done.
+Sweeps batch sizes, up and down again, for each model, precision and picture size, and fits t = a + b * B, or what comes
+of it where launches hide behind the device's work (timing.Fit). Prints tables and writes a picture and
+results/throughput/<machine>.json, from which `mlx-hjepa project` tells how long a run takes. Running out of memory ends
+a model's row of batches; Ctrl-C keeps what is done.
 
 The default models on a GPU are those of the presets for 32 px. Those for 224 px, and any other configuration, are
 measured with --add --configs configs/compat/m1_max_quick_val.yaml, at a quarter, half and all of their batch.
@@ -14,17 +14,13 @@ from __future__ import annotations
 
 import mlx_hjepa  # noqa: F401  # isort: skip  (it chooses the BLAS before MLX is imported)
 
-import json
 import math
-import os
 import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -32,6 +28,7 @@ from typing import Any
 import click
 import mlx.core as mx
 import numpy as np
+from kernels import graph, launches, step_of
 from rich.console import Console
 from rich.table import Table
 
@@ -42,10 +39,8 @@ from mlx_hjepa.cli import friendly
 from mlx_hjepa.config import Config, ConfigError
 from mlx_hjepa.evaluate.features import FrozenEncoder
 from mlx_hjepa.evaluate.knn import knn_accuracy
-from mlx_hjepa.model import vit
-from mlx_hjepa.model.hjepa import HJEPA, key_of
+from mlx_hjepa.model.hjepa import key_of
 from mlx_hjepa.run import RESULTS, Run, read_json
-from mlx_hjepa.schedule import Schedule
 from mlx_hjepa.train import checkpoint, health
 from mlx_hjepa.train.step import DTYPES, Step, part
 
@@ -56,8 +51,6 @@ BATCHES = {"gpu": "32,64,128,256,512,1024", "cpu": "8,16,32,64", "quick": "16,32
 EPOCHS = (5, 20, 50, 100)
 LIKELY_BATCH = 256  # of the picture of hours, as in the presets
 MATRIX = {"cuda": (8192, 10), "metal": (4096, 2), "cpu": (1536, 1)}  # size of the product, how many in a row
-VIEWS = {"Reshape", "Flatten", "Unflatten", "Transpose", "Slice", "Split", "Squeeze", "ExpandDims", "Broadcast",
-         "BroadcastAxes", "AsStrided", "StopGradient", "CustomTransforms", "Depends", "View", "Copy"}
 
 
 # ---------------------------------------------------------------- what to measure
@@ -98,79 +91,6 @@ def whole_numbers(text: str) -> list[int]:
     return [int(n) for n in text.split(",")]
 
 
-# ---------------------------------------------------------------- the step's graph
-
-
-@contextmanager
-def one_kernel_each() -> Iterator[None]:
-    """Let layer norms (1 kernel; backward 1), fused attention (1) and GELU's exponential count as on a GPU."""
-    def stand_in(x, *_, **__):
-        return mx.softmax(x, axis=-1)
-
-    norm = mx.custom_function(stand_in)
-
-    @norm.vjp
-    def _(_, cotangent, __):
-        return mx.softmax(cotangent, axis=-1)
-
-    kept = mx.fast.layer_norm, mx.fast.scaled_dot_product_attention, vit._sigmoid
-    mx.fast.layer_norm = lambda x, *_: norm(x)
-    mx.fast.scaled_dot_product_attention, vit._sigmoid = stand_in, vit.exact_sigmoid
-    try:
-        yield
-    finally:
-        mx.fast.layer_norm, mx.fast.scaled_dot_product_attention, vit._sigmoid = kept
-
-
-def graph(c: Config) -> tuple[list[str], int]:
-    """The compiled step's operations that are no views, and how many more its concatenations are (one an input)."""
-    step = Step(HJEPA(c, (0.5,) * 3, (0.25,) * 3), Schedule(c.training, 10), backend.precision(c.training.precision))
-    state, images = step.initial_state(), mx.zeros((c.training.batch, 32, 32, 3), mx.uint8)
-    key, scalars = key_of(0, 0), step.scalars(0, [1.0] * len(c.model.levels))
-    mx.eval(images, key, scalars)
-    with one_kernel_each(), tempfile.TemporaryDirectory() as folder:
-        new, statistics = step(state, images, key, scalars)
-        file = Path(folder) / "graph.dot"
-        mx.export_to_dot(str(file), *new.arrays(), statistics)
-        text = file.read_text()
-    names = dict(re.findall(r'(\d+) \[label ="([^"]*)", shape=rectangle\]', text))
-    inputs = Counter(re.findall(r'"[A-Z]+" -> (\d+)', text))
-    copies = sum(inputs[node] - 1 for node, name in names.items() if name == "Concatenate")
-    return [name for name in names.values() if name not in VIEWS], copies
-
-
-def launches(c: Config) -> float | None:
-    """Kernels, copies and fills that a step really launches on CUDA, from the graphs that MLX writes out; None where
-    there is no CUDA or nothing was written within five minutes."""
-    if backend.kind() != "cuda":
-        return None
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import throughput as t; t.dump_graphs()"
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            done = subprocess.run([sys.executable, "-c", code], input=json.dumps([c.model_dump(mode="json"), folder]),
-                                  env={**os.environ, "MLX_SAVE_CUDA_GRAPHS_DOT_FILE": f"{folder}/graph"},
-                                  text=True, capture_output=True, check=True, timeout=300)
-        except subprocess.SubprocessError:
-            return None
-    return float(done.stdout.split()[-1]) or None
-
-
-def dump_graphs(steps: int = 4) -> None:
-    """The child process of `launches`: prints the launches a step, counted over `steps` after the first three."""
-    values, folder = json.load(sys.stdin)
-    beat = timing.pulses(config.build(values), Step)
-    list(islice(beat, 3))
-    before = set(Path(folder).iterdir())
-    list(islice(beat, steps))
-    print(sum(graph_nodes(file.read_text()) for file in set(Path(folder).iterdir()) - before) / steps)
-
-
-def graph_nodes(text: str) -> int:
-    """Nodes of a CUDA graph's DOT text that do work: not the nodes that stand for child graphs, nor empty ones."""
-    labels = re.findall(r'"graph_\d+_node_\d+"\[[^\]]*label="([^"]*)"', text.replace("\\n", "\n"))
-    return sum(not re.search(r"\bEMPTY\b|^\s*\d+\s+graph_\d+\s*$", label) for label in labels)
-
-
 # ---------------------------------------------------------------- measuring
 
 
@@ -178,7 +98,6 @@ def matrix_tflops(precision: str) -> float:
     """What this machine reaches in large square matrix products, TFLOP/s; the best of five."""
     size, count = MATRIX[backend.kind()]
     x = (mx.random.normal((size, size)) * size**-0.5).astype(DTYPES[precision])
-    mx.eval(x)
 
     def multiply() -> None:
         y = x
@@ -202,7 +121,7 @@ def costs(c: Config, first_step: float) -> timing.Costs:
 
     A kernel's first compilation on a machine is not counted: MLX keeps them (MLX_PTX_CACHE_DIR), and a run finds them.
     """
-    step = Step(HJEPA(c, (0.5,) * 3, (0.25,) * 3), Schedule(c.training, 10), backend.precision(c.training.precision))
+    step = step_of(c)
     state, rng = step.initial_state(), np.random.default_rng(0)
     images = rng.integers(0, 256, (timing.HEALTH_PICTURES, 32, 32, 3), dtype=np.uint8)
     probe = FrozenEncoder(c, part(step.layout.views(state.target), "encoder"), step.model.mean, step.model.std)
@@ -234,8 +153,7 @@ def sweep(configs: list[Config], batches: list[int] | None, effort: dict[str, An
         precision, nodes = timing.key(c)["precision"], None
         if precision not in document["matrix_tflops"]:
             document["matrix_tflops"][precision] = matrix_tflops(precision)
-        rows: list[Row] = []
-        own = c.training.batch
+        rows, own = [], c.training.batch
         for batch in batches or sorted({max(1, own // 4), max(1, own // 2), own}):
             sized = timing.with_batch(c, batch)
             try:
@@ -254,6 +172,8 @@ def sweep(configs: list[Config], batches: list[int] | None, effort: dict[str, An
             document["rows"].append(rows[-1])
             say(f"{row['model']}:{row['levels']} {precision} {row['image_size']} px, batch {batch}: "
                 f"{row['it_s']:.3g} it/s, {row['img_s']:,.0f} img/s, first step {row['first_step_s']:.1f} s")
+        for row in [] if quick else reversed(rows):  # and back: a host that is slower for a while slows no size alone
+            row |= timing.together(row, timing.measure(timing.with_batch(c, row["batch"]), Step, **effort))
         if len({row["batch"] for row in rows}) > 1:
             smallest = timing.with_batch(c, rows[0]["batch"])
             beside = costs(smallest, min(row["first_step_s"] for row in rows))
@@ -370,7 +290,7 @@ def main(models: str | None, configs: tuple[str, ...], batches: str | None, prec
     here = "quick" if quick else "cpu" if backend.kind() == "cpu" else "gpu"
     chosen = plan(models or ("" if configs else MODELS[here]), configs, precisions, sizes)
     numbers = whole_numbers(batches) if batches else None if configs else whole_numbers(BATCHES[here])
-    effort = {"steps": 5, "seconds": 3.0, "window": 1} if quick else {"steps": 30, "seconds": 10.0}
+    effort = {"steps": 5, "seconds": 3.0, "window": 1} if quick else {"steps": 15, "seconds": 5.0}
     document, file = timing.document(facts()), timing.throughput_file(out)
     old = timing.recorded(file) if add else timing.document(document["device"])
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)

@@ -18,6 +18,7 @@ from mlx_hjepa.cli import main as cli
 ROOT = Path(mlx_hjepa.__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import ablate  # noqa: E402
+import kernels  # noqa: E402
 import loader  # noqa: E402
 import throughput  # noqa: E402
 import versus_torch  # noqa: E402
@@ -83,6 +84,17 @@ def test_added_rows_keep_the_others_origin_and_the_settled_rate(tmp_path):
 
 
 @pytest.mark.usefixtures("_brief")
+def test_a_sweep_goes_up_and_down_again_unless_it_is_quick(tmp_path, monkeypatch):
+    measure, seen = timing.measure, []
+    monkeypatch.setattr(timing, "measure", lambda c, step, **_: seen.append(c.training.batch) or measure(c, step))
+    _, found = run(throughput, tmp_path, "--models", "32x2:1,2", "--batches", "2,4,8")
+    assert seen == [2, 4, 8, 8, 4, 2]
+    assert [r["batch"] for r in found["rows"]] == [2, 4, 8]
+    run(throughput, tmp_path, "--models", "32x2:1,2", "--batches", "2,4", "--quick")
+    assert seen[6:] == [2, 4]
+
+
+@pytest.mark.usefixtures("_brief")
 def test_ctrl_c_keeps_what_is_done(tmp_path, monkeypatch):
     measure = timing.measure
 
@@ -121,11 +133,11 @@ def test_launches_are_counted_where_cuda_writes_its_graphs(monkeypatch):
             raise subprocess.TimeoutExpired("python", options["timeout"])
         return subprocess.CompletedProcess("python", 0, stdout=("cache\n412.5\n", "0.0\n")[len(done) - 1])
 
-    monkeypatch.setattr(throughput.subprocess, "run", child)
-    assert throughput.launches(c) is None
+    monkeypatch.setattr(kernels.subprocess, "run", child)
+    assert kernels.launches(c) is None
     assert done == []
-    monkeypatch.setattr(throughput.backend, "kind", lambda: "cuda")
-    assert [throughput.launches(c) for _ in range(3)] == [412.5, None, None]
+    monkeypatch.setattr(kernels.backend, "kind", lambda: "cuda")
+    assert [kernels.launches(c) for _ in range(3)] == [412.5, None, None]
 
 
 # ---------------------------------------------------------------- loader

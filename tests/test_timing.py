@@ -27,6 +27,7 @@ KIND = {"kind": "cpu", "threads": 2, "gpu_cores": None}
 DESIGN_ROW = {"model", "levels", "batch", "precision", "image_size", "it_s", "img_s", "tflops", "peak_gb", "kernels"}
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import kernels  # noqa: E402
 import throughput  # noqa: E402
 
 
@@ -119,6 +120,17 @@ def test_a_fit_finds_how_far_launches_hide_behind_the_work(overlap):
     assert found.interval < 0.05
     assert max(map(abs, timing.left_out(rows).values())) < 1e-6
     assert timing.fit(rows[:2]).overlap == 1
+
+
+def test_two_measurements_of_a_point_are_one_row():
+    row, again = ({"it_s": v, "img_s": 8 * v, "tflops": v / 10, "matrix_share": v / 100, "spread": 0.02,
+                   "peak_gb": 1 / v,
+                   "steps": 15, "first_step_s": 3 / v, "batch": 8} for v in (10.0, 5.0))
+    both = timing.together(row, again)
+    assert both["it_s"] == pytest.approx(1 / 0.15)  # the mean of 0.1 s and 0.2 s
+    assert [both[k] / both["it_s"] for k in ("img_s", "tflops", "matrix_share")] == pytest.approx([8, 0.1, 0.01])
+    assert both["spread"] == pytest.approx(1 / 3)
+    assert (both["peak_gb"], both["steps"], both["first_step_s"], both["batch"]) == (0.2, 30, 0.3, 8)
 
 
 def test_the_interval_grows_with_the_noise_and_with_too_few_points():
@@ -299,7 +311,7 @@ def test_an_m1_max_is_calibrated():
 
 @pytest.mark.parametrize("name", ["vit_small_100ep", "vit_wide_20ep", "digits_demo", "m1_max_full_100epoch"])
 def test_a_step_has_about_as_many_kernels_as_the_bands_assume(name):
-    names, copies = throughput.graph(timing.with_batch(PRESETS[name], 4))
+    names, copies = kernels.graph(timing.with_batch(PRESETS[name], 4))
     assert chips.kernels(PRESETS[name]) == pytest.approx(len(names) + copies, rel=0.05)
 
 
@@ -388,14 +400,14 @@ def test_every_native_cifar_preset_is_projected_from_the_default_sweep(file):
 
 def test_kernels_are_nodes_that_are_no_views(tiny_config):
     norm = mx.fast.layer_norm
-    names, copies = throughput.graph(tiny_config())
+    names, copies = kernels.graph(tiny_config())
     assert mx.fast.layer_norm is norm
     assert {"Split", "Slice", "Reshape", "Transpose", "Squeeze", "Broadcast", "CustomTransforms"}.isdisjoint(names)
     # 2 + 2 encoder blocks and 1 predictor block: qkv, proj, fc1, fc2 forward; twice backward in the trained three
     assert sum(name in ("Matmul", "AddMM") for name in names) >= 5 * 4 + 3 * 8
     assert "Rsqrt" not in names  # norms are one kernel
     assert copies > 40  # a gradient for each weight
-    deeper = throughput.graph(tiny_config(model={"depth": 3, "levels": [1, 3]}))
+    deeper = kernels.graph(tiny_config(model={"depth": 3, "levels": [1, 3]}))
     assert 20 < len(deeper[0]) - len(names) < 100
 
 
@@ -419,7 +431,7 @@ graph_reduce
 "];
 }
 }'''
-    assert throughput.graph_nodes(text) == 2
+    assert kernels.graph_nodes(text) == 2
 
 
 def test_twenty_seconds_measure_a_model_that_nobody_measured(tiny_config):

@@ -128,6 +128,16 @@ def with_batch(config: Config, batch: int) -> Config:
     return config.model_copy(update={"training": training})
 
 
+def together(row: Row, again: Row) -> Row:
+    """One row of a point's two measurements: their mean time a step, and a spread that covers both."""
+    a, b = 1 / row["it_s"], 1 / again["it_s"]
+    second = (a + b) / 2
+    rates = {name: row[name] * a / second for name in ("it_s", "img_s", "tflops", "matrix_share") if name in row}
+    return {**row, **rates, "spread": max(row["spread"], again["spread"], abs(a - b) / 2 / second),
+            "peak_gb": max(row["peak_gb"], again["peak_gb"]), "steps": row["steps"] + again["steps"],
+            "first_step_s": min(row["first_step_s"], again["first_step_s"])}
+
+
 def measure_here(config: Config, make_step: Callable[..., Any], seconds: float = 20.0) -> list[Row]:
     """Rows for a first `fit`, in about `seconds` of steps (compilation comes on top): batch sizes from 2, each four or
     two times the last, up to the configuration's own, while five steps at the last's rate still fit; two at least."""
