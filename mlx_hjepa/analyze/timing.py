@@ -132,7 +132,7 @@ def together(row: Row, again: Row) -> Row:
     """One row of a point's two measurements: their mean time a step, and a spread that covers both."""
     a, b = 1 / row["it_s"], 1 / again["it_s"]
     second = (a + b) / 2
-    rates = {name: row[name] * a / second for name in ("it_s", "img_s", "tflops", "matrix_share") if name in row}
+    rates: Row = {name: row[name] * a / second for name in ("it_s", "img_s", "tflops", "matrix_share") if name in row}
     return {**row, **rates, "spread": max(row["spread"], again["spread"], abs(a - b) / 2 / second),
             "peak_gb": max(row["peak_gb"], again["peak_gb"]), "steps": row["steps"] + again["steps"],
             "first_step_s": min(row["first_step_s"], again["first_step_s"])}
