@@ -572,6 +572,16 @@ def test_the_analysis_is_written(tmp_path):
     assert any("fault: throttling" in line for line in summary(result))
 
 
+def test_the_analysis_of_published_weights_leaves_their_folder_alone(tmp_path, monkeypatch):
+    folder = made(tmp_path / "published")
+    monkeypatch.chdir(tmp_path)
+    (folder / "weights").mkdir()
+    (folder / "weights" / "target-01-of-01.safetensors").touch()
+    analyze(Run(folder))
+    assert not (folder / "analysis").exists()
+    assert (tmp_path / "results" / "published-published" / "analysis" / "analysis.json").is_file()
+
+
 def test_watch_says_each_line_and_analyses_at_the_end(tmp_path, monkeypatch):
     source, folder = made(tmp_path / "source"), tmp_path / "run"
     lines = (source / "metrics.jsonl").read_text().splitlines(keepends=True)

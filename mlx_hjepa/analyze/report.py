@@ -40,15 +40,15 @@ MARK = {True: "yes", False: "NO", None: "-"}
 def analyze(source: Run | Path, times: Times | None = None, now: float | None = None) -> dict[str, Any]:
     """Judge a run, going on, ended or crashed, or a console log of the PyTorch original. Raises UserError.
 
-    Writes validation_report.md, validation_training_curves.png and analysis.json to the run's analysis/, or beside a
-    log to <log>_analysis/, and returns what the JSON holds. times: (config, epochs) -> (low, mid, high) seconds, for
-    the other presets.
+    Writes validation_report.md, validation_training_curves.png and analysis.json to the run's analysis/, for published
+    weights to one under results/, or beside a log to <log>_analysis/, and returns what the JSON holds. times: (config,
+    epochs) -> (low, mid, high) seconds, for the other presets.
     """
     where = source.folder if isinstance(source, Run) else Path(source)
     h = read(where)
     result = judge(h, where, times, now)
-    out = where / "analysis" if where.is_dir() else where.with_name(f"{where.stem}_analysis")
-    out.mkdir(exist_ok=True)
+    out = Run(where).scored.with_name("analysis") if where.is_dir() else where.with_name(f"{where.stem}_analysis")
+    out.mkdir(parents=True, exist_ok=True)
     files = {name: out / name for name in ("validation_report.md", "validation_training_curves.png", "analysis.json")}
     result["files"] = [str(file) for file in files.values()]
     write_atomically(files["validation_training_curves.png"], curves(h))

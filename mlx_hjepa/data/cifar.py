@@ -120,7 +120,7 @@ def _locate(archive: Archive, root: Path | None, cache: Path, say: Say) -> Path:
     file = (root or cache) / archive.file
     if root and not file.is_file():
         raise UserError(f"{root}: neither {archive.train[0][0]}, nor {archive.folder}/, nor {archive.file} is here.\n"
-                        "Point data.root at one of them, or leave data.root out to download the archive")
+                        "Point data.root (eval: --root) at one of them, or leave it out to download the archive")
     _make(cache)
     if not file.is_file():
         _download(archive, file, say)

@@ -23,7 +23,7 @@ class Pace:
         self.apart, self.paused = 0.0, 0.0
         self.rates: list[float] = []
         self.first_step: float | None = None
-        self.skipped = 0
+        self.skipped = self.counted = 0
         self.warned = False
 
     @contextmanager
@@ -38,7 +38,8 @@ class Pace:
         """Wait for the first step, whose compilation is told apart."""
         mx.eval(result)
         self.first_step = time.monotonic() - self.mark - self.apart
-        self.mark, self.apart, self.skipped = time.monotonic(), 0.0, 1
+        self.began = self.mark = time.monotonic()
+        self.apart, self.skipped, self.counted = 0.0, 1, 1
 
     def lap(self, steps: int) -> float:
         """Steps a second since the last lap; a lap of the first step alone has that step's rate."""
@@ -63,7 +64,7 @@ class Pace:
         return slow and not told
 
     def left(self, step: int) -> str:
-        """The time left and the clock time of the end, from the whole process's pace, checks included."""
-        done = max(1, step - self.start)
+        """The time left and the clock time of the end, from the pace since the first step, checks included."""
+        done = max(1, step - self.start - self.counted)
         seconds = (time.monotonic() - self.began) / done * (self.total - step)
         return f"{duration(seconds)} left, ends {time.strftime('%a %H:%M', time.localtime(time.time() + seconds))}"

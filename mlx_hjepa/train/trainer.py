@@ -314,8 +314,10 @@ class Trainer:
         self.log.record("end", step, finished=done, seconds=self.progress["seconds"],
                         pictures_seen=step * self.config.training.batch)
         if done:
-            self.log.line(f"finished {self.config.training.epochs} epochs in {duration(self.progress['seconds'])}. "
-                          f"Score it: mlx-hjepa eval {self.run.folder} --knn --linear")
+            then = (f"Score it: mlx-hjepa eval {self.run.folder} --knn --linear" if self.data.train.labels is not None
+                    else f"Use it: mlx-hjepa embed {self.run.folder} FOLDER --out features.npz")
+            took = duration(self.progress["seconds"])
+            self.log.line(f"finished {self.config.training.epochs} epochs in {took}. {then}")
         else:
             self.log.line(f"stopped and saved at step {step:,}. Go on with: mlx-hjepa train {self.run.folder} --resume")
         return done
