@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -331,6 +332,8 @@ def _signals() -> Iterator[Callable[[], bool]]:
     def handle(number: int, _: Any) -> None:
         if asked and number == signal.SIGINT:
             os._exit(130)
+        if not asked:
+            print("stopping: finishing what runs, then saving; Ctrl-C again exits at once", file=sys.stderr, flush=True)
         asked.append(number)
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}

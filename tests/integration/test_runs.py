@@ -279,10 +279,12 @@ def test_truncate_keeps_what_came_before_the_checkpoint(tmp_path):
 def test_ctrl_c_ends_the_command_with_status_0_and_the_way_on(config):
     run = Run.create(config(training={"epochs": 500}))
     command = [sys.executable, "-m", "mlx_hjepa.cli", "train", str(run.config_file)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith("epoch"):
             process.send_signal(signal.SIGINT)
             break
-    assert "mlx-hjepa train results/tiny-2 --resume" in process.stdout.read()
-    assert process.wait() == 0
+    said, asked = process.communicate()
+    assert "mlx-hjepa train results/tiny-2 --resume" in said
+    assert "finishing what runs, then saving" in asked
+    assert process.returncode == 0
