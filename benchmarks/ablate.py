@@ -31,7 +31,7 @@ from mlx_hjepa.data.dataset import load_dataset
 from mlx_hjepa.evaluate.features import load
 from mlx_hjepa.evaluate.knn import HEADLINE, knn_accuracy
 from mlx_hjepa.evaluate.linear import probe
-from mlx_hjepa.evaluate.subject import Subject, splits
+from mlx_hjepa.evaluate.subject import Subject, mirrored, splits
 from mlx_hjepa.metrics import effective_rank
 from mlx_hjepa.run import RESULTS, Run, UserError, read_json, write_atomically
 
@@ -98,7 +98,7 @@ def score(run: Run) -> None:
     dataset = load_dataset(run.config.data)
     split = splits(dataset, run.config.data.split_seed, held_out=True)
     subject, classes = Subject("trained", split, load(run.folder)), len(split.classes)
-    flip = run.config.augment.flip and dataset.name != "digits"
+    flip = mirrored(run.config, dataset)
     found: dict[str, Any] = {}
     for level in ("last", "levels"):
         train, test = subject.features("train", level, flip), subject.features("test", level)

@@ -95,7 +95,7 @@ def whole_numbers(text: str) -> list[int]:
 
 
 def matrix_tflops(precision: str) -> float:
-    """What this machine reaches in large square matrix products, TFLOP/s; the best of five."""
+    """What this machine reaches in large square matrix products, TFLOP/s; the best of six."""
     size, count = MATRIX[backend.kind()]
     x = (mx.random.normal((size, size)) * size**-0.5).astype(DTYPES[precision])
 

@@ -72,8 +72,7 @@ def _openblas(library: str | None) -> str | None:
 def keep_pages() -> None:
     """Let the Linux CPU back-end keep the memory of arrays that are freed.
 
-    glibc gives large ones back to the kernel, and each step then waits for fresh pages: a third of AdamW's update is
-    arithmetic (docs/performance.md). MLX caches buffers itself on GPUs.
+    glibc gives large ones back to the kernel, and each step then waits for fresh pages. On GPUs MLX caches them itself.
     """
     if sys.platform == "linux" and not cuda_package():
         with contextlib.suppress(OSError, AttributeError):  # another C library

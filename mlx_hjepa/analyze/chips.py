@@ -58,7 +58,7 @@ WIDE, WIDE_SHARE = 1024, (0.32 * 10.6 / 7.24, 0.47 * 10.6 / 7.24)
 MATRIX_OF_PEAK = (0.53, 0.68, 0.85)  # where no product was measured: what the chips above reach
 REDUCTION_OF_SPEC = 0.76
 MEMORY_SHARE = (0.35, 0.6, 1.0)  # of a reduction's rate: a softmax reached the first on an M1 Max, a reduction the last
-LAUNCH = (3e-6, 5e-6, 10e-6)  # seconds a kernel, evidence.md's range: a plain one in sequence (pytorch#82707) is 3
+LAUNCH = (3e-6, 5e-6, 10e-6)  # seconds a kernel, an assumed range; a plain one in sequence (pytorch#82707) is 3
 FIRST_STEP = 30.0  # seconds, compilation included: a guess
 LAUNCHES = (148, 63, 53)  # kernels of a step: fixed, an encoder block, a predictor block (benchmarks/throughput.py)
 

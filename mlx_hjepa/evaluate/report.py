@@ -28,7 +28,7 @@ from mlx_hjepa.evaluate.fine_tune import fine_tune
 from mlx_hjepa.evaluate.knn import HEADLINE, KS, knn_accuracy
 from mlx_hjepa.evaluate.linear import augmented_probe, probe
 from mlx_hjepa.evaluate.quality import quality
-from mlx_hjepa.evaluate.subject import Progress, Splits, Subject, splits
+from mlx_hjepa.evaluate.subject import Progress, Splits, Subject, mirrored, splits
 from mlx_hjepa.evaluate.summary import Report, markdown
 from mlx_hjepa.model.vit import patchify, pooled_features
 from mlx_hjepa.run import Run, UserError, digest, read_json, write_atomically
@@ -94,8 +94,7 @@ def evaluate(run: Run, protocols: Protocols | None = None, what: Target | None =
     for name, encoder in encoders.items():
         key = f"{encoder.digest} {dataset.fingerprint}"
         subjects.append(Subject(name, split, encoder, run.scored / "features", key, progress))
-    flip = run.config.augment.flip and dataset.name != "digits"  # a mirrored digit is another one
-    for name in _run(report, subjects, protocols, flip, say):
+    for name in _run(report, subjects, protocols, mirrored(run.config, dataset), say):
         now = time.monotonic()
         report["protocols"][name] = {"seconds": round(now - began, 1), "commit": report["commit"],
                                      "device": report["device"]["name"], "command": report["command"]}

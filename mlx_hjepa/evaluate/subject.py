@@ -12,6 +12,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from mlx_hjepa.config import Config
 from mlx_hjepa.data.augment import resize
 from mlx_hjepa.data.dataset import Dataset, Pictures, validation_split
 from mlx_hjepa.evaluate import Features
@@ -81,6 +82,11 @@ def splits(dataset: Dataset, split_seed: int, subset: int | None = None, held_ou
     leaked = _leaks(dataset.train, rows, test, test_rows)
     validation = validation_split(len(rows), split_seed)[1]
     return Splits(dataset.train, rows, validation, test, test_rows, dataset.classes, note, leaked)
+
+
+def mirrored(config: Config, dataset: Dataset) -> bool:
+    """Whether the probes learn from mirror images too: where the run took them; a mirrored digit is another one."""
+    return config.augment.flip and dataset.name != "digits"
 
 
 def _spread(rows: np.ndarray, count: int | None) -> np.ndarray:
