@@ -38,7 +38,7 @@ def exact_sigmoid(x: mx.array, square: mx.array) -> mx.array:
 
 
 def _sigmoid(x: mx.array, square: mx.array) -> mx.array:
-    """The same. MLX's CPU back-end computes exponentials one after the other; a quotient of polynomials it vectorises."""
+    """The same. MLX's CPU back-end computes exponentials one by one; it vectorises a quotient of polynomials."""
     if mx.default_device() != mx.cpu:
         return exact_sigmoid(x, square)
     u = mx.clip(x * (GELU_K + CUBE / 2 * square), -TANH_LIMIT, TANH_LIMIT)
