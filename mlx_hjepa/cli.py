@@ -100,7 +100,7 @@ def train(config: str, overrides: tuple[str, ...], resume: bool, keep_awake: boo
 @click.option("--dataset", type=DATASETS, help="Score on other pictures than the run's own (transfer).")
 @click.option("--root", help="Where the pictures are: an unpacked archive, or a folder of pictures.")
 @click.option("--fine-tune-epochs", type=(click.IntRange(0, 100), click.IntRange(0)),
-              help="Epochs of fine-tuning and from scratch, 0 to leave one of them out. [default: 100 200]")
+              help="Epochs of fine-tuning and from scratch, 0 to leave out (both with --all only). [default: 100 200]")
 @as_json
 @friendly
 def evaluate(runs: tuple[str, ...], everything: bool, checkpoint: str, encoder: str, subset: int | None,
@@ -112,10 +112,12 @@ def evaluate(runs: tuple[str, ...], everything: bool, checkpoint: str, encoder: 
     """
     from mlx_hjepa.evaluate import report, summary
 
-    if fine_tune_epochs == (0, 0):
-        raise UserError("--fine-tune-epochs 0 0 leaves both out: leave out --fine-tune instead")
     if everything or not any(asked.values()):
         asked |= {name: everything or name in ("knn", "linear") for name in asked}
+    if fine_tune_epochs == (0, 0):
+        if not everything:
+            raise UserError("--fine-tune-epochs 0 0 leaves both out: leave out --fine-tune instead")
+        asked["fine_tune"] = False
     protocols = report.Protocols(**{**asked, "linear": asked["linear"] or asked["augmented"]}, context=everything,
                                  fine_tune_epochs=fine_tune_epochs)
     reports = []
