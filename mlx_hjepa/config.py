@@ -110,7 +110,6 @@ class Model(Section):
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
     levels: list[Annotated[Level, BeforeValidator(_level)]]
     level_weights: Literal["equal", "balanced"] | list[Positive] = "equal"
-    target_norm: Literal["layer", "centred", "batch"] = "layer"
 
     @model_validator(mode="before")
     @classmethod

@@ -71,18 +71,8 @@ class HJEPA:
         """What is to be predicted at each level, (B, windows, D): the target encoder's output at the level's depth,
         LayerNorm-ed without affine, averaged over its windows in reading order. No gradient."""
         outputs = dict(zip(self.encoder.depths, self.encoder(target, patches, fused=True), strict=True))
-        normed = {depth: self._normed(h) for depth, h in outputs.items()}
+        normed = {depth: layer_norm(h) for depth, h in outputs.items()}
         return [mx.stop_gradient(self._pool(normed[level.depth], level.pool)) for level in self.levels]
-
-    def _normed(self, h: mx.array) -> mx.array:
-        x, kind = layer_norm(h), self.config.model.target_norm
-        if kind == "layer":
-            return x
-        y = x.astype(mx.float32)
-        y = y - y.mean(axis=(0, 1), keepdims=True)
-        if kind == "batch":
-            y = y * mx.rsqrt(mx.square(y).mean(axis=(0, 1), keepdims=True) + 1e-3)
-        return y.astype(x.dtype)
 
     def _pool(self, x: mx.array, pool: int) -> mx.array:
         if pool == 1:
