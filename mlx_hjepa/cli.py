@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -78,10 +79,15 @@ def train(config: str, overrides: tuple[str, ...], resume: bool, keep_awake: boo
         trainer.same_run(settings, run)
     with backend.keep_awake(click.echo) if keep_awake else contextlib.nullcontext():
         try:
-            trainer.train(settings, run, resume)
+            trainer.train(settings, run, resume, again=lambda: _resume_anew(run))
         finally:
             if not resume:
                 run.remove_if_empty()
+
+
+def _resume_anew(run: Run) -> None:
+    """Replace this process, threads and all, by one that resumes the run."""
+    os.execv(sys.executable, [sys.executable, "-m", "mlx_hjepa.cli", "train", str(run.folder), "--resume"])
 
 
 @main.command("eval")

@@ -226,7 +226,7 @@ def test_where_mlx_does_not_load_it_is_said_in_two_lines_and_doctor_says_more(mo
 def test_a_run_is_resumed_by_its_name_and_by_its_own_configuration(monkeypatch, tmp_path, tiny_config):
     monkeypatch.chdir(tmp_path)
     resumed = []
-    monkeypatch.setattr(trainer, "train", lambda settings, run, resume: resumed.append((run.name, resume)))
+    monkeypatch.setattr(trainer, "train", lambda settings, run, resume, again: resumed.append((run.name, resume)))
     first, second = (Run.create(tiny_config()) for _ in range(2))
     second.metrics_file.write_text('{"kind": "start", "step": 0}\n')
     for given in ("tiny", str(first.folder), str(first.config_file)):

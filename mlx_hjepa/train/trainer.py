@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from typing import Any
 
 import mlx.core as mx
@@ -27,14 +27,18 @@ from mlx_hjepa.train import checkpoint, health
 from mlx_hjepa.train.log import Log, truncate
 from mlx_hjepa.train.pace import Pace
 from mlx_hjepa.train.step import STATISTICS, Step, part
+from mlx_hjepa.train.watchdog import Watchdog
 
 MAY_DIFFER = ("logging", "checkpoints")  # the sections that a resumed run may change
 HEALTH_PICTURES, FEWEST_PICTURES = 512, 20
+TEMPORARY_FAILURE = 75  # sysexits.h
 
 
-def train(config: Config, run: Run, resume: bool = False) -> bool:
+def train(config: Config, run: Run, resume: bool = False, again: Callable[[], object] | None = None) -> bool:
     """Train a run to its end. `resume` continues from its newest checkpoint. Returns False when interrupted.
 
+    again: called in another thread, to go on in a new process, when MLX never returns from a step and there is a newer
+    checkpoint than at the start; without one, the process exits with status 75.
     Raises UserError: unreadable data, a batch larger than the data, another configuration than the checkpoint's, no
     sound checkpoint, or training that is no longer finite.
     """
@@ -46,6 +50,7 @@ def train(config: Config, run: Run, resume: bool = False) -> bool:
         return False
     finally:
         signal.signal(signal.SIGTERM, before)
+    trainer.again = again
     return trainer.fit()
 
 
@@ -54,6 +59,7 @@ class Trainer:
 
     def __init__(self, config: Config, run: Run, resume: bool):
         self.config, self.run = config, run
+        self.again: Callable[[], object] | None = None
         self.notes: list[str] = []
         self.data = load_dataset(config.data, say=self._note)
         if len(self.data.train) < FEWEST_PICTURES:
@@ -103,8 +109,10 @@ class Trainer:
     def fit(self) -> bool:
         """The loop: checks and checkpoints where they are due, then a step. Returns whether the run is finished."""
         start, total = self.progress["step"], self.schedule.total
+        self.kept = start  # the step of the newest checkpoint
         began, seconds = time.monotonic(), self.progress["seconds"]
-        with Log(self.run, self.config, start, total) as self.log, _signals() as asked:
+        with (Log(self.run, self.config, start, total) as self.log, _signals() as asked,
+              closing(Watchdog(self._stand_still)) as watchdog):
             self._introduce(start)
             source = batches(self.data.train, self.config.data.source, self.config.seed, self.config.training.batch,
                              start, total, self.config.data.threads)
@@ -122,7 +130,8 @@ class Trainer:
                 asked_at = time.monotonic()
                 images = next(source)
                 self.waited += time.monotonic() - asked_at
-                self._advance(step, images)
+                with watchdog if step > start else nullcontext():  # the first compiles, for minutes at worst
+                    self._advance(step, images)
                 if step == start:
                     self.pace.first(self.waiting[-1])
                     # what a step needs, and not the whole device: others may be running beside this run
@@ -255,8 +264,8 @@ class Trainer:
     def _save(self) -> None:
         folder = checkpoint.save(self.run, self.state, self.step.layout,
                                  {**self.progress, "config": self.config.model_dump(mode="json")})
-        best = self.progress["best"]
-        if best and best["step"] == self.progress["step"]:
+        self.kept, best = self.progress["step"], self.progress["best"]
+        if best and best["step"] == self.kept:
             self.run.point("best", folder)
         self.run.remove_old_checkpoints(self.config.checkpoints.keep)
 
@@ -309,6 +318,18 @@ class Trainer:
         self.log.record("end", step, finished=False, seconds=self.progress["seconds"],
                         pictures_seen=step * self.config.training.batch, failed=why.splitlines()[0])
         raise UserError(why)
+
+    def _stand_still(self, waited: float) -> None:
+        """In the watchdog's thread: the main one waits for ever, and can neither save nor end."""
+        go_on = self.again if self.kept > self.pace.start else None  # else it would stand still there again
+        then = ("Going on from the newest checkpoint" if go_on else "There is no checkpoint yet" if not self.kept else
+                f"Go on with: mlx-hjepa train {self.run.folder} --resume")
+        text = f"no step for {duration(waited)}: MLX does not return from step {self.progress['step']:,}. {then}"
+        self.log.keep(text)
+        print(f"\nerror: {text}", file=sys.stderr, flush=True)
+        if go_on:
+            go_on()
+        os._exit(TEMPORARY_FAILURE)
 
     def _conclude(self, step: int) -> bool:
         done = step == self.schedule.total
