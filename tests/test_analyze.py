@@ -23,6 +23,7 @@ from mlx_hjepa.run import Run, UserError
 from mlx_hjepa.schedule import Schedule
 
 DATA = Path(__file__).parent / "data"
+ROOT = Path(__file__).parents[1]
 PRESET = preset_file("vit_tiny_20ep")
 START, EPOCH, TOTAL, EVERY = 1.7e9, 195, 3900, 50
 
@@ -101,6 +102,7 @@ FAULTS = {
     "divergence": {"ratio": late(lambda s: 0.45 * math.exp((s - 1500) / 1200), falls),
                    "probe": lambda s: 0.4 - 0.1 * (s > 1500)},
     "divergence: by k-NN": {"probe": lambda s: 0.5 - 0.1 * (s // 975)},
+    "decline": {"probe": lambda s: 0.5 - 0.012 * (s // 975)},
     "plateau": {"ratio": lambda s: max(0.95, falls(s)), "probe": lambda s: 0.3, "rank": lambda s: 15.0},
     "plateau: without labels": {"ratio": lambda s: max(0.95, falls(s)), "knn": False, "rank": lambda s: 15.0},
     "collapse": {"alarm": lambda s: "std 0.0005" if s > 1000 else None, "rank": lambda s: 15.0 if s <= 1000 else 3.0,
@@ -166,6 +168,21 @@ def test_a_real_broken_run_names_its_fault_and_at_no_time_another(tmp_path, name
     shutil.copy(DATA / f"{name}.jsonl", tmp_path / "metrics.jsonl")
     assert names(tmp_path / "metrics.jsonl") == [fault]
     assert names_of_prefixes(tmp_path) == {fault}
+
+
+def test_a_real_run_past_its_best_is_told_so():
+    """A hundred epochs whose k-NN was best after twenty, while the loss ratio fell to the end."""
+    h = read(ROOT / "docs" / "results" / "vit_wide_100ep" / "metrics.jsonl")
+    assert [(fault.name, "60.7 % at step 7,800, 57.0 % now" in fault.evidence) for fault in faults(h)] == [
+        ("decline", True)]
+    assert remedy(h, "decline", load(PRESET))[0] == {"augment.jitter": 0.4}
+    assert remedy(h, "decline", load(PRESET, ["augment.jitter=0.4"]))[0] == {"training.epochs": 20}
+
+
+@pytest.mark.parametrize("run", ["vit_wide_lunch", "vit_wide_20ep", "t20_s0", "t5_s0"])
+def test_the_published_runs_of_the_presets_have_no_fault(run):
+    """Calm ends, though the k-NN's last two probes of four are no better than those before."""
+    assert names(ROOT / "docs" / "results" / run / "metrics.jsonl") == []
 
 
 def test_alarms_on_falling_std_are_no_collapse_while_the_rank_grows(tmp_path):

@@ -119,6 +119,11 @@ def remedy(h: History, fault: str, base: Config | None) -> tuple[dict[str, Any],
         warmup = min(2 * t.warmup_epochs or 1, t.epochs / 2)
         return {"training.lr": _short(t.lr / 2), "training.warmup_epochs": warmup}, [
             f"{fault}: half the learning rate, twice the warm-up (the note's rule)"]
+    if fault == "decline":
+        best = max(1, round(h.knn_step[h.knn.argmax()] / (h.epoch_steps or 1)))
+        changes, why = ({"augment.jitter": 0.4}, "colours jittered kept the k-NN 4 points higher over 60 epochs") \
+            if base.augment.jitter < 0.4 else ({"training.epochs": best}, f"it was best after {best} epochs")
+        return changes, [f"decline: {why}; mlx-hjepa eval --checkpoint best scores this run at its best"]
     if t.ema[0] >= 0.9999:
         return {"training.ema": "[0.996, 0.9999]"}, [
             f"plateau: training.ema starts at {t.ema[0]:g}, and the target encoder, which is scored, hardly moves"]
