@@ -91,7 +91,7 @@ def test_presets_are_at_the_size_of_their_pictures_and_stream():
 
 
 @pytest.mark.parametrize(("name", "dim", "levels", "epochs"), [
-    ("vit_tiny_5ep", 192, [4, 8, 12], 5), ("vit_tiny_20ep", 192, [4, 8, 12], 20),
+    ("vit_tiny_5ep", 192, [2, 4, 6, 8, 10, 12], 5), ("vit_tiny_20ep", 192, [2, 4, 6, 8, 10, 12], 20),
     ("vit_small_100ep", 384, [4, 8, 12], 100), ("vit_wide_20ep", 384, [1, 2, 3, 4, 5, 6], 20),
 ])
 def test_presets_are_what_their_names_say(name, dim, levels, epochs):

@@ -69,7 +69,7 @@ def test_flops_are_those_of_the_traced_step(tiny_config, monkeypatch, change):
 
 
 def test_flops_follow_the_formula_of_the_design():
-    f = timing.flops_per_picture(PRESETS["vit_tiny_20ep"])
+    f = timing.flops_per_picture(config.load(ROOT / "tests/data/preset.yaml"))
 
     def block(n, d):
         return 24 * n * d * d + 4 * n * n * d
