@@ -48,9 +48,10 @@ class FrozenEncoder:
         return value.hexdigest()
 
     def _pooled(self, weights: Weights, images: mx.array) -> mx.array:
-        return pooled_features(self.encoder(weights, self._patches(images), fused=True))
+        return pooled_features(self.encoder(weights, self.patches(images), fused=True))
 
-    def _patches(self, images: mx.array) -> mx.array:
+    def patches(self, images: mx.array) -> mx.array:
+        """uint8 (n, H, W, 3) -> the whole pictures' normalised patches, fp32 (n, N, patch * patch * 3)."""
         x = normalise(resize(images, self.config.data.image_size), self.mean, self.std)
         return patchify(x, self.config.model.patch)
 

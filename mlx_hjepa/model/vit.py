@@ -210,10 +210,7 @@ class Encoder:
         patches: (B, n, patch * patch * 3), only those to be seen; index: (B, n) their places in the grid, None for the
         whole picture; key: for drop path, None for none; fused: no gradient will be taken.
         """
-        weight = w["patch_embed.proj.weight"]
-        place = mx.array(self.positions).astype(weight.dtype)
-        place = place if index is None else place[index]
-        x = mx.addmm(w["patch_embed.proj.bias"], patches.astype(weight.dtype), weight) + place
+        x = self.embed(w, patches, index)
         drops = self._drops(x.shape[0], x.dtype, key)
         outputs = []
         for i in range(self.depth):
@@ -221,6 +218,13 @@ class Encoder:
             if i + 1 in self.depths:
                 outputs.append(x)
         return outputs
+
+    def embed(self, w: Weights, patches: mx.array, index: mx.array | None = None) -> mx.array:
+        """What enters the first block, (B, n, D); arguments as above."""
+        weight = w["patch_embed.proj.weight"]
+        place = mx.array(self.positions).astype(weight.dtype)
+        place = place if index is None else place[index]
+        return mx.addmm(w["patch_embed.proj.bias"], patches.astype(weight.dtype), weight) + place
 
     def _drops(self, batch: int, dtype: mx.Dtype, key: mx.array | None) -> list:
         """Stochastic depth (Huang et al. 2016): the rate rises linearly to drop_path at the last block."""
