@@ -15,8 +15,8 @@ from rich.console import Console
 from mlx_hjepa.analyze import watch as live
 from mlx_hjepa.analyze.faults import faults
 from mlx_hjepa.analyze.history import read
-from mlx_hjepa.analyze.measures import criteria, schedule, seconds_a_step, time_left, times_of, verdict
-from mlx_hjepa.analyze.recommend import NEXT, preset_file, presets, recommend, remedy
+from mlx_hjepa.analyze.measures import criteria, no_rise, schedule, seconds_a_step, time_left, times_of, verdict
+from mlx_hjepa.analyze.recommend import NEXT, preset_file, presets, recommend, remedy, train
 from mlx_hjepa.analyze.report import analyze, summary
 from mlx_hjepa.config import load
 from mlx_hjepa.run import Run, UserError
@@ -49,8 +49,8 @@ def made(folder, steps=TOTAL, end=True, preset=PRESET, sets=(), knn=True, ratio=
         if step % EPOCH == 0:
             line("health", step, epoch=step / EPOCH, loss=[0.1], baseline=[0.2, 0.2], cosine=[0.5, 0.9], std=[0.4, 0.4],
                  effective_rank=[20, (rank or (lambda s: 15 + s / 40))(step)], alarm=alarm(step) if alarm else None)
-        if knn and step and step % (5 * EPOCH) == 0:
-            score = (probe or (lambda s: 0.3 + 0.2 * s / TOTAL))(step)
+        score = (probe or (lambda s: 0.3 + 0.2 * s / TOTAL))(step)
+        if knn and step and step % (5 * EPOCH) == 0 and score is not None:
             line("knn", step, epoch=step / EPOCH, last=score, levels=score)
         if step and step % EVERY == 0:
             it_s = (rate or (lambda s: 10.0))(step) * (1 + wobble * random.standard_normal())
@@ -182,7 +182,10 @@ def test_a_real_run_past_its_best_is_told_so():
 @pytest.mark.parametrize("run", ["vit_wide_lunch", "vit_wide_20ep", "t20_s0", "t5_s0"])
 def test_the_published_runs_of_the_presets_have_no_fault(run):
     """Calm ends, though the k-NN's last two probes of four are no better than those before."""
-    assert names(ROOT / "docs" / "results" / run / "metrics.jsonl") == []
+    h = read(ROOT / "docs" / "results" / run / "metrics.jsonl")
+    assert faults(h) == []
+    assert verdict([], criteria(h)) == "passed"
+    assert no_rise(h) is None
 
 
 def test_alarms_on_falling_std_are_no_collapse_while_the_rank_grows(tmp_path):
@@ -465,7 +468,116 @@ def test_remedies_see_what_stands_out(tmp_path):
     assert list(remedy(h, "plateau", load(PRESET, ["training.ema=[1, 1]"]))[0]) == ["training.ema"]
     slow = remedy(h, "plateau", load(PRESET, ["training.lr=1e-4"]))[0]
     assert slow == {"training.lr": "0.00015", "training.warmup_epochs": 1.0}  # the note's rule
+    weighted = preset_file("compat/m1_max_full_100epoch")  # a weight for each of its three levels
+    assert len(command_loads(train(weighted, remedy(h, "plateau", load(weighted))[0])).model.levels) == 12
     assert remedy(h, "divergence", load(PRESET))[0] == {"training.lr": "0.00075", "training.warmup_epochs": 4.0}
+
+
+def of_epochs(folder, steps):
+    """The run, with another number of steps an epoch."""
+    text = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text(text.replace(f'"epoch_steps": {EPOCH}', f'"epoch_steps": {steps}'))
+    return folder
+
+
+@pytest.mark.parametrize(("facts", "picture", "labelled"), [
+    ({"dataset": {"classes": []}}, "train/a/1.png", False), ({"dataset": {"classes": None}}, "train/a/1.png", False),
+    ({"dataset": {"classes": ["a"]}}, "1.png", True), (None, "some/1.png", False), (None, "train/a/1.png", True)])
+def test_a_run_without_labels_is_to_be_used_and_not_scored(tmp_path, facts, picture, labelled):
+    """As its environment.json says; where that is missing, as its pictures do."""
+    pictures = tmp_path / "my pictures"
+    (pictures / picture).parent.mkdir(parents=True)
+    (pictures / picture).touch()
+    folder = made(tmp_path / "a run", knn=False, sets=["data.dataset=folder", f"data.root={pictures}"])
+    if facts:
+        (folder / "environment.json").write_text(json.dumps(facts))
+    use = (f"score this run: mlx-hjepa eval '{folder}' --knn --linear" if labelled else
+           f"use this run: mlx-hjepa embed '{folder}' FOLDER --out features.npz")
+    advice = analyze(Run(folder))["recommendation"]
+    assert [command_loads(advice["command"]).training.epochs, *advice["why"][:2]] == [
+        100, "it learns, and nothing is wrong", use]
+    assert analyze(Run(of_epochs(folder, EPOCH // 5)))["recommendation"]["command"] == use.split(": ")[1]
+
+
+@pytest.mark.parametrize(("course", "end", "why"), [
+    ({}, True, "it learns, and nothing is wrong"), ({"steps": 2000}, True, "saved at step 2,000 of 3,900; where its"),
+    ({"steps": 2000}, False, "nothing written any more at step 2,000"), (FAULTS["collapse"], True, "collapse: lower"),
+    ({"ratio": lambda s: 1.5 - s / 3e4}, True, "the loss ratio fell too little"), (FAULTS["decline"], True, "decline:"),
+    ({"rate": lambda s: 10.0 if s % 150 else 5.0}, True, "not met: steady speed")])
+def test_of_a_lone_log_no_file_is_named_that_is_not_there(tmp_path, course, end, why):
+    log = tmp_path / "metrics.jsonl"
+    shutil.move(made(tmp_path / "run", end=end, **course) / "metrics.jsonl", log)
+    advice = analyze(log)["recommendation"]
+    assert command_loads(advice["command"]) == load(preset_file("vit_wide_lunch"))
+    assert advice["why"][0].startswith(why)
+    assert "no config.yaml to read" in advice["why"][-1]
+    assert str(tmp_path) not in " ".join(advice["why"])
+
+
+def test_a_lone_log_that_grows_is_watched(tmp_path):
+    log = made(tmp_path / "run", steps=2000, end=False) / "metrics.jsonl"
+    (tmp_path / "run" / "config.yaml").unlink()
+    advice = analyze(log, now=read(log).written)["recommendation"]
+    assert (advice["command"], advice["why"][1:]) == (f"mlx-hjepa watch {log}", ["it learns, and nothing is wrong"])
+
+
+def test_a_log_beside_its_configuration_is_its_run(tmp_path, monkeypatch):
+    folder = made(tmp_path / "run", steps=2000)
+    result = analyze(folder / "metrics.jsonl")
+    assert result["recommendation"]["command"] == f"mlx-hjepa train {folder} --resume"
+    assert result["files"][0] == str(folder / "analysis" / "validation_report.md")
+    monkeypatch.chdir(folder)
+    assert analyze(Path("metrics.jsonl"))["run"] == "run"
+
+
+@pytest.mark.parametrize(("scores", "learns"), [
+    ([0.3, 0.305], False), ([0.3, 0.29], False), ([0.3, 0.33, 0.305], False), ([0.3, 0.32], True), ([0.3], True)])
+def test_a_run_whose_knn_has_not_risen_is_not_said_to_learn(tmp_path, scores, learns):
+    probes = {975 * (i + 1): score for i, score in enumerate(scores[:-1])} | {TOTAL: scores[-1]}
+    folder = made(tmp_path / "run", ratio=lambda s: falls(s) - 0.1 * s / TOTAL, probe=probes.get)
+    result = analyze(Run(folder))
+    advice = result["recommendation"]
+    assert (result["verdict"], result["faults"]) == ("passed", [])
+    if learns:
+        assert advice["why"][0] == "it learns, and nothing is wrong"
+        assert "vit_small_100ep.yaml" in advice["command"]
+    else:
+        assert advice["why"][0] == (f"the online k-NN has not risen: 30.0 % at step 975, {100 * scores[-1]:.1f} % "
+                                    "at step 3,900")
+        assert "it learns" not in " ".join(advice["why"])
+        assert advice["command"] == f"mlx-hjepa train {folder}/config.yaml --set training.epochs=100"
+
+
+def test_a_going_run_whose_knn_has_not_risen_yet_is_left_alone(tmp_path):
+    folder = made(tmp_path / "run", steps=2000, end=False, probe=lambda s: 0.3)
+    advice = analyze(Run(folder), now=read(folder).written)["recommendation"]
+    assert advice["command"] == f"mlx-hjepa watch {folder}"
+    assert advice["why"][1:] == ["the online k-NN has not risen: 30.0 % at step 975, 30.0 % at step 1,950"]
+
+
+@pytest.mark.parametrize(("state", "first"), [
+    ("running", "stop this run (Ctrl-C saves it): it will not mend itself"),
+    ("stopped", "saved at step 3,900 of 3,900; do not resume it: it will not mend itself"),
+    ("silent", "nothing written any more at step 3,900 of 3,900; do not resume it: it will not mend itself"),
+    ("finished", None)])
+@pytest.mark.parametrize(("sets", "changes", "why"), [
+    ([], {"augment.jitter": 0.4}, "colours jittered kept the k-NN 4 points higher over 60 epochs"),
+    (["augment.jitter=0.4"], {"training.epochs": 5}, "it was best after 5 epochs"),
+    (["augment.jitter=0.4", "training.warmup_epochs=6"], {"training.epochs": 5, "training.warmup_epochs": 2.5},
+     "it was best after 5 epochs")])
+def test_a_decline_is_answered_in_each_state(tmp_path, state, first, sets, changes, why):
+    """And the run's own best is scored, though a newer run be there by then."""
+    folder = made(tmp_path / "run", sets=sets, end=state in ("stopped", "finished"), **FAULTS["decline"])
+    if state == "stopped":
+        text = (folder / "metrics.jsonl").read_text()
+        (folder / "metrics.jsonl").write_text(text.replace('"finished": true', '"finished": false'))
+    result = analyze(Run(folder), now=read(folder).written + (9000 if state == "silent" else 0))
+    assert (result["state"], result["verdict"]) == (state, "failed: decline")
+    given = "".join(f" --set {key}={value}" for key, value in changes.items())
+    assert result["recommendation"]["command"] == f"mlx-hjepa train {folder}/config.yaml{given}"
+    assert command_loads(result["recommendation"]["command"]).training.epochs == changes.get("training.epochs", 20)
+    said = [f"decline: {why}", f"mlx-hjepa eval {folder} --knn --linear --checkpoint best scores this run at its best"]
+    assert result["recommendation"]["why"] == ([first, *said] if first else said)
 
 
 # ---------------------------------------------------------------- the PyTorch original's log
@@ -559,6 +671,15 @@ def test_a_finished_original_log_recommends_the_next_preset(tmp_path):
     file.write_text(LOG.replace("/2:", "/5:") + "\nINFO - Training completed!\n")
     assert read(file).state() == "finished"
     assert "compat/m1_max_full_20epoch.yaml" in analyze(file)["recommendation"]["command"]
+
+
+def test_an_original_log_at_the_end_of_the_ladder_is_not_scored_but_trained_here(tmp_path):
+    file = tmp_path / "run.log"
+    text = original(lambda s: 0.002 + 0.006 * math.exp(-s / 9000), epochs=100, of=400)
+    file.write_text(text + "\nTraining completed!")
+    advice = analyze(file)["recommendation"]
+    assert command_loads(advice["command"]) == load(preset_file("compat/m1_max_full_100epoch"))
+    assert advice["why"] == ["it learns, and nothing is wrong", "this is its setting here"]
 
 
 def test_a_diverging_original_log_is_named_with_its_caveat(tmp_path):

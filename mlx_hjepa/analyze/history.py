@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from mlx_hjepa.analyze.timing import labelled
 from mlx_hjepa.config import Config, ConfigError
 from mlx_hjepa.plots.curves import Lines, read_metrics
 from mlx_hjepa.run import Run, UserError
@@ -72,6 +73,7 @@ class History:
     batch: int | None = None
     device: str = ""
     memory_gb: float | None = None
+    labelled: bool = True  # the pictures have classes
     encoder: str = ""  # as the PyTorch original's log names it
     hierarchies: int | None = None
     ended: bool = False
@@ -154,13 +156,13 @@ def _from_metrics(file: Path, run: Run | None) -> History:
     ended = bool(end) and (end.get("time") or 0.0) >= (begun.get("time") or 0.0)  # and was not resumed
     columns: dict[str, Any] = {key: _column(train, key) for key in TRAIN}
     return History(
-        name=run.name if run else file.parent.name, **columns,
+        name=file.absolute().parent.name, **columns,
         health_step=_column(health, "step"), std=_column(health, "std", -1), rank=_column(health, "effective_rank", -1),
         cosine=_column(health, "cosine", -1), baseline=np.array([_smallest(line.get("baseline")) for line in health]),
         alarm=[line.get("alarm") for line in health], knn_step=_column(knn, "step"), knn=_column(knn, "levels"),
         knn_last=_column(knn, "last"), total=begun.get("total"), epoch_steps=begun.get("epoch_steps"),
         batch=begun.get("batch"), device=begun.get("device", ""), memory_gb=_memory(run), written=written, ended=ended,
-        finished=ended and bool(end.get("finished")), config=config)
+        finished=ended and bool(end.get("finished")), config=config, labelled=bool(knn) or _labelled(run, config))
 
 
 def _memory(run: Run | None) -> float | None:
@@ -169,6 +171,14 @@ def _memory(run: Run | None) -> float | None:
         return run.environment["memory"] / 1e9 if run else None
     except (UserError, KeyError, TypeError):
         return None
+
+
+def _labelled(run: Run | None, config: Config | None) -> bool:
+    """Whether the pictures of a run without probes have classes: as its folder tells, else as its pictures do."""
+    try:
+        return bool(run.environment["dataset"]["classes"]) if run else True
+    except (UserError, KeyError, TypeError):
+        return config is None or labelled(config)
 
 
 def _in_order(lines: Lines) -> Lines:

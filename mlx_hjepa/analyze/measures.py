@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_hjepa.analyze.faults import SLOWED, SPEED_FAULTS, Fault, faults
+from mlx_hjepa.analyze.faults import KNN_NOISE, SLOWED, SPEED_FAULTS, Fault, faults
 from mlx_hjepa.analyze.history import History
 from mlx_hjepa.run import duration
 
@@ -49,6 +49,14 @@ def loss_change(h: History) -> tuple[float, float] | None:
     if len(x) <= early:
         return None
     return float(x[:early].mean()), float(np.median(x[early:][-3:]))
+
+
+def no_rise(h: History) -> str | None:
+    """The evidence, when the newest of two or more probes is no better than the first."""
+    if len(h.knn) < 2 or h.knn[-1] > h.knn[0] + KNN_NOISE:
+        return None
+    return (f"the online k-NN has not risen: {100 * h.knn[0]:.1f} % at step {h.knn_step[0]:,.0f}, "
+            f"{100 * h.knn[-1]:.1f} % at step {h.knn_step[-1]:,.0f}")
 
 
 def speed(h: History) -> dict[str, Any]:

@@ -12,12 +12,13 @@ from typing import Any
 import mlx_hjepa
 from mlx_hjepa.analyze.faults import SPEED_FAULTS, Fault, faults, restarted
 from mlx_hjepa.analyze.history import History
-from mlx_hjepa.analyze.measures import Criterion, Span, progress, span, time_left, times_of
+from mlx_hjepa.analyze.measures import Criterion, Span, no_rise, progress, span, time_left, times_of
 from mlx_hjepa.config import Config, ConfigError, load, parse_yaml
 
 Times = Callable[[Config, int], Span | None]  # seconds of a configuration run for so many epochs, if known
 
 BASELINE_HOURS, NIGHT_HOURS = 4, 14
+FIRST = "vit_wide_lunch"  # the preset to start with
 NEXT = {  # the ladder of presets, files under configs/
     "digits_demo": "vit_tiny_5ep", "vit_tiny_5ep": "vit_tiny_20ep", "vit_tiny_20ep": "vit_small_100ep",
     "vit_wide_20ep": "vit_small_100ep", "vit_wide_lunch": "vit_small_100ep",
@@ -50,27 +51,29 @@ def presets() -> dict[str, Config]:
 def recommend(h: History, where: Path, found: list[Fault], judged: list[Criterion], times: Times | None = None,
               now: float | None = None) -> Recommendation:
     """The next command and why. where: the run's folder, or the log's file; times: seconds of other presets."""
-    state, base, own = h.state(now), h.config, where / "config.yaml"
-    if h.pytorch:
-        own = preset_file("compat/" + COMPAT.get(round((h.total or 0) / (h.epoch_steps or 1)), COMPAT[5]))
-        base = _try_load(own)
+    state, (own, base, unknown) = h.state(now), _setting(h, where)
     failed = {c.name for c in judged if c.passed is False}
     fault = next((f for f in found if f.name not in SPEED_FAULTS), None)
     beside = [f"{f.name}: {f.advice}" for f in found if f.name in SPEED_FAULTS]
     if fault:
         changes, why = remedy(h, fault.name, base)
-        if state == "running":
-            why = ["stop this run (Ctrl-C saves it): it will not mend itself", *why]
-        return Recommendation(train(own, changes), [*why, *beside])
-    so_far = ("not met: " + ", ".join(sorted(failed)) if failed else "too early to judge" if judged[1].passed is None
-              else "it learns" if beside else "it learns, and nothing is wrong")
+        if state != "finished":
+            stop = "stop this run (Ctrl-C saves it)" if state == "running" else f"{_ended(h, state)}; do not resume it"
+            why = [f"{stop}: it will not mend itself", *why]
+        if fault.name == "decline" and base is not None:
+            why.append(f"{_use(h, where)} --checkpoint best scores this run at its best")
+        return Recommendation(train(own, changes), [*why, *unknown, *beside])
+    met = ("not met: " + ", ".join(sorted(failed)) if failed else "too early to judge" if judged[1].passed is None
+           else "")
+    so_far = [text for text in (met, no_rise(h)) if text] or [
+        "it learns" if beside else "it learns, and nothing is wrong"]
     if state != "finished":
-        return _unfinished(h, where, own, state, [so_far, *beside])
+        return _unfinished(h, where, own, state, [*so_far, *(unknown if state != "running" else []), *beside])
     if f"{h.measure} down" in failed:
         changes, why = remedy(h, "slow", base)
-        return Recommendation(train(own, changes), [f"the {h.measure} fell too little", *why, *beside])
+        return Recommendation(train(own, changes), [f"the {h.measure} fell too little", *why, *unknown, *beside])
     file, changes, why = _next(h, where, times)
-    why = [so_far, *why]
+    why = [*so_far, *why, *unknown]
     loading = any(f.name == "slow loading" for f in found)
     if file is not None and (loading or ("steady speed" in failed and not beside)):
         extra, reason = _steadier(base, loading)
@@ -79,21 +82,45 @@ def recommend(h: History, where: Path, found: list[Fault], judged: list[Criterio
         file = preset_file("vit_tiny_5ep")
         changes = {key: value for key, value in _carried(h.config, file).items() if key != "data.image_size"}
         why = ["under 2.5 it/s: at 32 px and patch 4 there are 64 tokens instead of 196, for the same pictures"]
-    if file is None:
-        return Recommendation(f"mlx-hjepa eval {shlex.quote(str(where))} --knn --linear", [*why, *beside])
-    return Recommendation(train(file, changes), [*why, *beside])
+    if file is None and h.config is not None:
+        return Recommendation(_use(h, where), [*why, *beside])
+    if file is None and h.pytorch:
+        why.append("this is its setting here")
+    return Recommendation(train(file or own, changes), [*why, *beside])
+
+
+def _setting(h: History, where: Path) -> tuple[Path, Config | None, list[str]]:
+    """The file to train the run's setting by, what it holds, and a word where that is not known."""
+    if h.pytorch:
+        own = preset_file("compat/" + COMPAT.get(round((h.total or 0) / (h.epoch_steps or 1)), COMPAT[5]))
+        return own, _try_load(own), []
+    if h.config is None:  # a log alone, or of another version
+        return preset_file(FIRST), None, [
+            f"there is no config.yaml to read beside these metrics, so this run's keys are not known; {FIRST} is the "
+            "preset to start with"]
+    return where / "config.yaml", h.config, []
+
+
+def _use(h: History, where: Path) -> str:
+    """The command that a finished run is for, the one its training names at its end."""
+    run = shlex.quote(str(where))
+    return f"mlx-hjepa eval {run} --knn --linear" if h.labelled else f"mlx-hjepa embed {run} FOLDER --out features.npz"
+
+
+def _ended(h: History, state: str) -> str:
+    return f"{'saved' if state == 'stopped' else 'nothing written any more'} at {progress(h.last_step, h.total)}"
 
 
 def _unfinished(h: History, where: Path, own: Path, state: str, why: list[str]) -> Recommendation:
-    run, at = shlex.quote(str(where)), progress(h.last_step, h.total)
+    run, ended = shlex.quote(str(where)), _ended(h, state)
     if state == "running":
         left = time_left(h)
         return Recommendation(f"mlx-hjepa watch {run}", [
             "let it go on" + (f", {span(left)} left" if left else ""), *why])
-    ended = f"{'saved' if state == 'stopped' else 'nothing written any more'} at {at}"
-    if h.pytorch:
-        return Recommendation(train(own, {}), [f"{ended}; this is its setting here, for the original's --resume starts "
-                                               "the schedules anew", *why])
+    if h.config is None:
+        further = ("this is its setting here, for the original's --resume starts the schedules anew" if h.pytorch else
+                   "where its folder is, go on with it: mlx-hjepa train RUN --resume")
+        return Recommendation(train(own, {}), [f"{ended}; {further}", *why])
     return Recommendation(f"mlx-hjepa train {run} --resume", [ended, *why])
 
 
@@ -121,9 +148,11 @@ def remedy(h: History, fault: str, base: Config | None) -> tuple[dict[str, Any],
             f"{fault}: half the learning rate, twice the warm-up (the note's rule)"]
     if fault == "decline":
         best = max(1, round(h.knn_step[h.knn.argmax()] / (h.epoch_steps or 1)))
-        changes, why = ({"augment.jitter": 0.4}, "colours jittered kept the k-NN 4 points higher over 60 epochs") \
-            if base.augment.jitter < 0.4 else ({"training.epochs": best}, f"it was best after {best} epochs")
-        return changes, [f"decline: {why}; mlx-hjepa eval --checkpoint best scores this run at its best"]
+        if base.augment.jitter < 0.4:
+            return {"augment.jitter": 0.4}, [
+                "decline: colours jittered kept the k-NN 4 points higher over 60 epochs"]
+        shorter = {"training.warmup_epochs": best / 2} if t.warmup_epochs > best / 2 else {}
+        return {"training.epochs": best, **shorter}, [f"decline: it was best after {best} epochs"]
     if t.ema[0] >= 0.9999:
         return {"training.ema": "[0.996, 0.9999]"}, [
             f"plateau: training.ema starts at {t.ema[0]:g}, and the target encoder, which is scored, hardly moves"]
@@ -132,7 +161,8 @@ def remedy(h: History, fault: str, base: Config | None) -> tuple[dict[str, Any],
             f"{fault}: 1.5 times the learning rate, half the warm-up (the note's rule)"]
     depths = {level.depth for level in base.model.levels}
     if base.model.depth and len(depths) < base.model.depth:
-        return {"model.levels": str(list(range(1, base.model.depth + 1)))}, [
+        weights = {"model.level_weights": "equal"} if isinstance(base.model.level_weights, list) else {}
+        return {"model.levels": str(list(range(1, base.model.depth + 1))), **weights}, [
             f"{fault}, and the learning rate is high enough: every block a level gave 2 points of linear accuracy"]
     return {"training.batch": max(1, t.batch // 2)}, [f"{fault}: more, smaller steps, by half the batch"]
 
@@ -177,13 +207,13 @@ def _preset_of(config: Config) -> Config | None:
 
 
 def _next(h: History, where: Path, times: Times | None) -> tuple[Path | None, dict[str, Any], list[str]]:
-    """The next rung: file, keys to set, why. No file: the ladder ends here, score the run."""
+    """The next rung: file, keys to set, why. No file: the ladder ends here, use the run."""
     epochs = round((h.total or 0) / (h.epoch_steps or 1))
     name = COMPAT.get(epochs, COMPAT[5]) if h.pytorch else h.config.name if h.config else ""
-    score = f"score this run: mlx-hjepa eval {shlex.quote(str(where))} --knn --linear"
-    why = [] if h.pytorch else [score]
+    why = [f"{'score' if h.labelled else 'use'} this run: {_use(h, where)}"] if h.config else []
     own, preset = times_of(h), h.config and _preset_of(h.config)
-    if name in NEXT and not (h.config and preset and preset.data.dataset != h.config.data.dataset):
+    if name in NEXT and no_rise(h) is None and not (
+            h.config and preset and preset.data.dataset != h.config.data.dataset):
         choice, took = NEXT[name], _took(NEXT[name], times)
         if name == "vit_tiny_5ep":
             took = took or own.get(20)  # the same encoder, batch and pictures

@@ -45,6 +45,8 @@ def analyze(source: Run | Path, times: Times | None = None, now: float | None = 
     epochs) -> (low, mid, high) seconds, for the other presets.
     """
     where = source.folder if isinstance(source, Run) else Path(source)
+    if where == (run := Run(where.parent)).metrics_file and run.config_file.is_file():
+        where = run.folder  # with all that it tells beside its metrics
     h = read(where)
     result = judge(h, where, times, now)
     out = Run(where).scored.with_name("analysis") if where.is_dir() else where.with_name(f"{where.stem}_analysis")
