@@ -126,9 +126,8 @@ def evaluate(runs: tuple[str, ...], everything: bool, checkpoint: str, encoder: 
         asked["fine_tune"] = False
     protocols = report.Protocols(**{**asked, "linear": asked["linear"] or asked["augmented"]}, context=everything,
                                  fine_tune_epochs=fine_tune_epochs)
-    reports = []
-    for run in [Run.open(r) for r in runs] or [Run.newest()]:
-        data = _pictures(run, dataset, root) if dataset or root else None
+    opened, reports = [Run.open(r) for r in runs] or [Run.newest()], []
+    for run, data in [(run, _pictures(run, dataset, root)) for run in opened]:  # every mistake before any work
         what = report.Target(encoder, checkpoint, subset, data, validation)  # type: ignore[arg-type]
         reports.append(_scored(run, protocols, what, as_json))
     compared = summary.compare(reports)
@@ -138,11 +137,15 @@ def evaluate(runs: tuple[str, ...], everything: bool, checkpoint: str, encoder: 
         _out().print(summary.comparison(compared))
 
 
-def _pictures(run: Run, dataset: str | None, root: str | None) -> Data:
-    """The data set asked for, or the run's own at another place."""
+def _pictures(run: Run, dataset: str | None, root: str | None) -> Data | None:
+    """The data set asked for, or the run's own at another place; None where neither is. Raises UserError."""
     from mlx_hjepa.config import section
 
+    if not dataset and not root:
+        return None
     own = run.config.data
+    if root and (dataset or own.dataset) == "digits":
+        raise UserError(f"--root {root}: the digits come with scikit-learn and have no folder. Leave --root out")
     if not dataset:
         return own.model_copy(update={"root": root})
     return section(Data, "data", {"dataset": dataset, "root": root, "source": "resident", "image_size": own.image_size})
@@ -189,7 +192,8 @@ def _bar() -> Iterator[tuple[Callable[[str], None], Callable[[str, int, int], No
 
 
 def _out() -> Console:
-    return Console(width=None if sys.stdout.isatty() else 100)
+    """For tables: where no terminal gives a width, each is as wide as it needs."""
+    return Console(width=None if sys.stdout.isatty() else 1000, markup=False)
 
 
 @main.command()
@@ -284,6 +288,20 @@ def export(run: str, out: str, encoder: str, checkpoint: str) -> None:
     from mlx_hjepa.evaluate.export import export as write
 
     click.echo(f"written to {write(Run.open(run), out, encoder, checkpoint)}")  # type: ignore[arg-type]
+
+
+@main.command()
+@click.argument("run", required=False)
+@click.option("--checkpoint", default="latest", help="latest, best, or a checkpoint's folder.")
+@click.option("--root", help="Where the pictures are, if not where they were.")
+@friendly
+def plot(run: str | None, checkpoint: str, root: str | None) -> None:
+    """Draw RUN, the newest by default: its curves, masks, predictions, attention, and a map of its features."""
+    from mlx_hjepa.plots.model import draw
+
+    source = Run.open(run) if run else Run.newest()
+    for file in draw(source, checkpoint, _pictures(source, None, root), click.echo):
+        click.echo(str(file))
 
 
 @main.command()

@@ -378,6 +378,8 @@ def test_a_run_of_other_code(run, cli):
 def test_options_that_make_no_sense(run, cli):
     assert "data.root" in mistake(cli("eval", "--dataset", "folder"))
     assert "leaves both out" in mistake(cli("eval", "--fine-tune", "--fine-tune-epochs", 0, 0))
+    for words in (["--root", "p"], ["--dataset", "digits", "--root", "p"]):
+        assert "--root p: the digits come with scikit-learn and have no folder" in mistake(cli("eval", *words))
     for words in (["--fine-tune-epochs", "101", "0"], ["--fine-tune-epochs", "1"], ["--subset", "5"]):
         result = cli("eval", *words)
         assert (result.exit_code, "Traceback" in result.stderr) == (2, False)
@@ -523,13 +525,15 @@ def test_transfer_is_scored_on_the_other_pictures(run, tmp_path, cli):
 def test_the_runs_own_pictures_at_another_place_are_no_transfer(run, tmp_path, cli):
     own, other = (folder_of(tmp_path / name, {"train/a": 20, "train/b": 20, "test/a": 9, "test/b": 9}, seed)
                   for seed, name in enumerate(("own", "other")))
+    shutil.copytree(run.folder, tmp_path / "results" / "of_digits")
     data = {**TINY["data"], "dataset": "folder", "root": "/no/such/place"}
     run.config_file.write_text(config.build({**TINY, "data": data}).dump())
     found = load_dataset(config.Data(dataset="folder", root=str(own), image_size=8), say=quiet)
     environment_of(run, run, fingerprint=found.fingerprint)
-    assert "no such folder" in mistake(cli("eval", "--knn"))
+    assert "no such folder" in mistake(cli("eval", "tiny", "--knn"))
+    assert "digits come with scikit-learn" in mistake(cli("eval", "tiny", "of_digits", "--knn", "--root", own))
     for root in (own, other):
-        assert cli("eval", "--knn", "--root", root).exit_code == 0
+        assert cli("eval", "tiny", "--knn", "--root", root).exit_code == 0
     (other,) = reports(run) - {"report-subset400", "report"}
     assert not report_of(run, "report")["dataset"]["transfer"]
     assert report_of(run, other)["dataset"]["transfer"]
@@ -667,6 +671,10 @@ def score(accuracy, n=1000):
     return {"accuracy": accuracy, "interval": wilson_interval(round(accuracy * n), n)}
 
 
+def tuning(accuracy, epochs):
+    return score(accuracy) | {"epochs": epochs, "epoch": 1, "held_out": 1, "trained_on": 2}
+
+
 def row(run, accuracy, seed=0, preset="p", n=1000, fingerprint="f", epochs=10, **more):
     scores = {level: {"knn": score(accuracy, n), "linear": score(accuracy, n), "effective_rank": 9.0}
               for level in ("last", "levels")}
@@ -690,7 +698,8 @@ def test_the_comparison_marks_what_is_within_the_noise():
     assert "~" not in lines["far"]
     lines = side_by_side(row("a", 0.70, n=100_000), row("b", 0.67, n=100_000), row("c", 0.30, fingerprint="g"))
     assert "~" not in lines["b"]
-    assert lines["c"].count("30.0 best") == 4  # other pictures: no rival
+    assert lines["c"].count("30.0") == 4
+    assert "best" not in lines["c"]  # other pictures: no rival
 
 
 def test_the_comparison_pools_runs_that_differ_in_their_seed_alone():
@@ -718,13 +727,39 @@ def test_the_recipe_is_all_of_the_configuration_but_where_and_which(tiny_config)
 
 
 def test_the_comparison_has_a_column_for_what_was_run():
-    plain, tuned = row("plain", 0.70), row("tuned", 0.60, fine_tune=score(0.9), scratch=score(0.8))
+    plain, tuned = row("plain", 0.70), row("tuned", 0.60, fine_tune=tuning(0.9, 100), scratch=tuning(0.8, 200))
     tuned["rows"]["trained"]["levels"]["few_shot"] = {"episodes": {"shots": {"5": score(0.55)}}}
     assert summary.compare([plain, plain])["columns"] == ["k-NN", "linear", "k-NN last", "linear last"]
     lines = side_by_side(plain, tuned)
-    assert all(word in lines["run"] for word in ("5-shot", "fine-tuned", "from scratch"))
-    assert all(word in lines["tuned"] for word in ("55.0 best", "90.0 best", "80.0 best"))
-    assert summary.compare([plain, tuned])["runs"][0]["scores"]["fine-tuned"] is None
+    assert any("fine-tuned" in line and "from scratch" in line for line in lines.values())
+    assert all(word in lines["run"] for word in ("5-shot", "100 epochs", "200 epochs"))
+    assert all(word in lines["tuned"] for word in ("55.0", "90.0", "80.0"))
+    assert "best" not in lines["tuned"]
+    assert summary.compare([plain, tuned])["runs"][0]["scores"]["fine-tuned, 100 epochs"] is None
+
+
+def test_the_comparison_keeps_fine_tuning_of_different_lengths_apart():
+    runs = [row(f"p{i}", 0.7, i, fine_tune=tuning(a, n), scratch=tuning(a - 0.1, 20))
+            for i, (a, n) in enumerate(((0.90, 100), (0.60, 5), (0.70, 5)))]
+    found = summary.compare(runs)
+    assert found["columns"][-3:] == ["fine-tuned, 5 epochs", "fine-tuned, 100 epochs", "from scratch, 20 epochs"]
+    marks = [[s and s["mark"] for s in list(r["scores"].values())[-3:]] for r in found["runs"]]
+    assert marks == [[None, "", "best"], ["", None, ""], ["best", None, ""]]
+    short, long, _ = list(found["seeds"][0]["scores"].values())[-3:]
+    assert (short["accuracy"], long) == (pytest.approx(0.65), None)  # no mean over different lengths either
+    assert side_by_side(*runs)["run"].split("┃")[-4:-1] == ["   5 epochs ", " 100 epochs ", "    20 epochs "]
+
+
+@pytest.mark.parametrize("width", [60, 80, 100])
+def test_a_narrow_terminal_folds_what_a_table_holds_and_cuts_nothing(trained, width):
+    name = "a_run_with_a_name_that_is_long"
+    for shown in (summary.comparison(summary.compare([row(name, 0.7, fine_tune=tuning(0.9, 100))])),
+                  summary.table(report_of(trained[0]) | {"run": name, "scratch": tuning(0.5, 200)})):
+        console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+        console.print(shown)
+        text = console.export_text()
+        assert "…" not in text
+        assert max(map(len, text.splitlines())) <= width
 
 
 def test_several_runs_are_put_side_by_side(run, cli, tmp_path):
@@ -736,6 +771,37 @@ def test_several_runs_are_put_side_by_side(run, cli, tmp_path):
     assert [r["run"] for r in found["reports"]] == ["tiny", "twin"]
     accuracy = found["reports"][0]["rows"]["trained"]["levels"]["knn"]["accuracy"]
     assert [r["scores"]["k-NN"] for r in found["comparison"]["runs"]] == [{"accuracy": accuracy, "mark": "best"}] * 2
+
+
+def test_without_a_terminal_the_tables_are_as_wide_as_they_need(run, cli, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    report = report_of(run) | {"fine_tune": tuning(0.9, 7), "scratch": tuning(0.8, 123)}
+    report["rows"]["trained"]["levels"]["few_shot"] = {"episodes": {"shots": {"5": score(0.5)}}}
+    (run.evaluation / "report-subset400.json").write_text(json.dumps(report))
+    names = [f"a_run_with_a_name_that_is_long_{i}[copy]" for i in range(2)]
+    for name in names:
+        shutil.copytree(run.folder, tmp_path / "results" / name)
+    result = cli("eval", *names, "--knn", "--subset", 400)
+    assert result.exit_code == 0, result.output
+    assert "…" not in result.stdout
+    own, _, both = result.stdout.replace("┃", "│").partition("runs side by side")
+    for text, words in ((own, ["from scratch", "123 epochs", "k-NN, k 20", "linear probe", "effective rank"]),
+                        (both, [*names, "run", "data", "epochs", "seed", "k-NN", "linear", "k-NN last", "linear last",
+                                "5-shot", "fine-tuned", "7 epochs", "from scratch", "123 epochs", "rank last"])):
+        assert set(words) <= {cell.strip() for cell in text.split("│")}
+    assert all(f"{name}: digits" in own for name in names)
+
+
+def test_a_report_is_named_as_its_folder_and_says_what_configuration_that_is_of(run, cli, tmp_path, monkeypatch):
+    twin = shutil.copytree(run.folder, tmp_path / "results" / "tiny-2")
+    for folder, told in ((run.folder, False), (twin, True)):
+        monkeypatch.chdir(folder)
+        result = cli("eval", ".", "--knn", "--subset", 400)
+        assert result.exit_code == 0, result.output
+        text = (folder / "evaluation" / "report-subset400.md").read_text()
+        assert text.splitlines()[0] == f"# {folder.name}"
+        assert ("target encoder of the configuration tiny, " in text) == told
+        assert result.stdout.split()[0] == f"{folder.name}:"
 
 
 # ---------------------------------------------------------------- publishing

@@ -12,6 +12,7 @@ from scipy.special import stdtrit
 from mlx_hjepa.run import Run, write_atomically
 
 Report = dict[str, Any]
+TUNED = (("fine_tune", "fine-tuned"), ("scratch", "from scratch"))
 
 
 def table(report: Report) -> Table:
@@ -21,12 +22,12 @@ def table(report: Report) -> Table:
     out = Table(title=", ".join([title, *_notes(data)]))
     headings = ("features", "level", "k-NN, k 20", "linear probe", "effective rank")
     for heading in headings:
-        out.add_column(heading, justify="left" if heading in headings[:2] else "right")
+        out.add_column(heading, justify="left" if heading in headings[:2] else "right", overflow="fold")
     for name, levels in report["rows"].items():
         for level, scores in levels.items():
             out.add_row(*_cells(name, level, scores))
         out.add_section()
-    for name, label in (("fine_tune", "fine-tuned"), ("scratch", "from scratch")):
+    for name, label in TUNED:
         if name in report:
             out.add_row(label, f"{report[name]['epochs']} epochs", "", percent(report[name]), "")
     return out
@@ -58,10 +59,11 @@ def percent(score: Report | None) -> str:
 def markdown(run: Run, report: Report) -> str:
     """report.md: the tables of every protocol that ran, and where the numbers come from."""
     data = report["dataset"]
+    preset = f" of the configuration {report['preset']}" if report["preset"] != report["run"] else ""
     text = [f"# {report['run']}", "",
             f"{data['name']}, {data['test']:,} test pictures, bank of {data['train']:,}; frozen {report['encoder']} "
-            f"encoder, {report['views']}, {report['epochs']} epochs, seed {report['seed']}. ± is half of Wilson's 95 % "
-            "interval.", ""]
+            f"encoder{preset}, {report['views']}, {report['epochs']} epochs, seed {report['seed']}. ± is half of "
+            "Wilson's 95 % interval.", ""]
     text += [line for note in _notes(data) for line in (f"{note}.", "")]
     if "verdict" in report:
         text += [f"**Features: {report['verdict']}** ({report['reason']}).", ""]
@@ -185,9 +187,12 @@ def compare(reports: list[Report]) -> dict[str, Any]:
 
     columns; runs, with the accuracy of each column; seeds, with mean and std over the seeds. A score's mark is "best"
     or "~", within the noise of the best on the same pictures: for runs a difference under the root of the two half 95 %
-    intervals' squares, for pooled seeds one under Student's 95 % point of the two means (Welch).
+    intervals' squares, for pooled seeds one under Student's 95 % point of the two means (Welch); "" too where there is
+    no other to compare with. Each number of epochs of fine-tuning or from scratch has a column of its own.
     """
-    found = [_headline(r) for r in reports]
+    lengths = [(name, label, n) for name, label in TUNED
+               for n in sorted({r[name]["epochs"] for r in reports if name in r})]
+    found = [_headline(r, lengths) for r in reports]
     columns = [column for column in found[0] if any(scores[column] for scores in found)]
     runs: list[dict[str, Any]] = []
     groups: dict[tuple, dict[int, tuple[Report, Report]]] = {}
@@ -212,7 +217,8 @@ def comparison(compared: dict[str, Any]) -> Table:
     """What `compare` found, as a table."""
     out = Table(title="runs side by side; ~ is within the noise of the best")
     for heading in ("run", "data", "epochs", "seed", *compared["columns"], "rank last"):
-        out.add_column(heading, justify="left" if heading in ("run", "data") else "right")
+        out.add_column(heading.replace(", ", "\n"), justify="left" if heading in ("run", "data") else "right",
+                       overflow="fold")
     for r in compared["runs"]:
         out.add_row(r["run"], r["data"], str(r["epochs"]), str(r["seed"]), *map(_cell, r["scores"].values()),
                     f"{r['effective_rank']:.0f}")
@@ -230,14 +236,15 @@ def _cell(score: Report | None) -> str:
     return f"{100 * score['accuracy']:.1f}{spread} {score['mark']}".rstrip()
 
 
-def _headline(report: Report) -> dict[str, Report | None]:
-    """The scores that runs are compared by, where there are any."""
+def _headline(report: Report, lengths: list[tuple[str, str, int]]) -> dict[str, Report | None]:
+    """The scores that runs are compared by, where there are any. lengths: (key of the report, label, epochs)."""
     last = report["rows"]["trained"]["last"]
     levels = report["rows"]["trained"].get("levels", last)
     shots = levels.get("few_shot", {}).get("episodes", {}).get("shots", {})
     return {"k-NN": levels.get("knn"), "linear": levels.get("linear"), "k-NN last": last.get("knn"),
-            "linear last": last.get("linear"), "5-shot": shots.get("5"), "fine-tuned": report.get("fine_tune"),
-            "from scratch": report.get("scratch")}
+            "linear last": last.get("linear"), "5-shot": shots.get("5"),
+            **{f"{label}, {n} epochs": report[name] if report.get(name, {}).get("epochs") == n else None
+               for name, label, n in lengths}}
 
 
 def _pictures_of(report: Report) -> tuple[str, int]:
@@ -247,10 +254,12 @@ def _pictures_of(report: Report) -> tuple[str, int]:
 def _marked(score: Report | None, rivals: list[Report | None]) -> Report | None:
     if score is None:
         return None
-    best = max((r for r in rivals if r), key=lambda r: r["accuracy"])
+    scored = [r for r in rivals if r]
+    best = max(scored, key=lambda r: r["accuracy"])
     noise = math.hypot(*((r["interval"][1] - r["interval"][0]) / 2 for r in (score, best)))
     behind = best["accuracy"] - score["accuracy"]
-    return {"accuracy": score["accuracy"], "mark": "best" if behind == 0 else "~" if behind < noise else ""}
+    mark = "" if len(scored) < 2 else "best" if behind == 0 else "~" if behind < noise else ""
+    return {"accuracy": score["accuracy"], "mark": mark}
 
 
 def _values(group: list[tuple[Report, Report]], column: str) -> list[float]:
