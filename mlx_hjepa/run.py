@@ -61,7 +61,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        return self.folder.name
+        return self.folder.absolute().name  # that of `.` too
 
     @property
     def config_file(self) -> Path:

@@ -155,8 +155,7 @@ def _write(file: Path, report: Report) -> None:
 def _about(run: Run, what: Target, checkpoint: Path | None) -> Report:
     """Where the scores come from: everything needed to get them again."""
     config, environment = run.config, backend.environment()
-    name = os.path.basename(os.path.abspath(run.folder))  # that of `.` too
-    about = {"run": name, "preset": config.name, "recipe": _recipe(config), "encoder": what.encoder,
+    about = {"run": run.name, "preset": config.name, "recipe": _recipe(config), "encoder": what.encoder,
              "seed": config.seed, "epochs": config.training.epochs, "views": "masked-only", "device": backend.device(),
              "versions": environment["versions"], "commit": environment["commit"],
              "command": shlex.join(["mlx-hjepa", *sys.argv[1:]])}
