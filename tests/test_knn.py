@@ -125,3 +125,26 @@ def test_mistakes_are_named():
     refused("70 pictures, but labels of shape", bl=labels[:-1])
     refused("width 20, the queries' 19", q=queries[:, :-1])
     refused("expected .pictures, dimensions.", b=bank[:0], bl=labels[:0])
+
+
+def test_whitening_finds_classes_that_a_loud_direction_hides():
+    rng = np.random.default_rng(0)
+    labels = np.arange(600) % 3
+    quiet = np.eye(3)[labels] + 0.2 * rng.normal(size=(600, 3))
+    features = np.concatenate([50 * rng.normal(size=(600, 2)), quiet, 1 + 0 * quiet], axis=1).astype(np.float32)
+    white = knn.whitening(features[:400], 8)
+    z = white(features[:400])
+    assert z.shape == (400, 5)  # three columns are constant
+    assert np.cov(z.T) == pytest.approx(np.eye(5), abs=0.02)
+    assert z.mean(axis=0) == pytest.approx(0, abs=1e-3)
+
+    def accuracy(view):
+        return knn.knn_accuracy(view(features[:400]), labels[:400], view(features[400:]), labels[400:], 3, (20,)).top1
+    assert accuracy(white) > 0.95
+    assert accuracy(lambda x: x) < 0.6
+
+
+def test_whitening_keeps_no_more_directions_than_the_bank_can_tell():
+    features = np.random.default_rng(0).normal(size=(60, 30)).astype(np.float32)
+    assert knn.whitening(features, 30)(features).shape == (60, 6)
+    assert knn.whitening(features, 4)(features).shape == (60, 4)

@@ -8,6 +8,7 @@ the best, so that device memory does not grow with the bank: at D = 2304, about 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -21,6 +22,7 @@ from mlx_hjepa.run import UserError
 KS = (1, 5, 10, 20, 50, 100, 200)
 HEADLINE = (20, 0.07)
 GROUP = 8
+NOISE = 1e-7  # of the largest variance: below it fp32 features hold rounding alone
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,20 @@ def knn_accuracy(bank: np.ndarray, bank_labels: np.ndarray, queries: np.ndarray,
         if (k, temperature) == headline:
             best = probe_metrics(np.where(scores > 0, scores, -np.inf), truth)
     return KnnResult(accuracy, headline, **best)
+
+
+def whitening(bank: np.ndarray, dims: int) -> Callable[[np.ndarray], np.ndarray]:
+    """PCA whitening by the bank's own mean and covariance, without labels: (n, D) -> (n, d), each of unit variance.
+
+    d: the directions of largest variance, at most `dims`, and at most a tenth as many as pictures, which could not tell
+    more of them from chance. Where a few directions hold most of the variance, plain cosines see those alone.
+    """
+    mean = bank.mean(axis=0, dtype=np.float64)
+    centred = (bank - mean).astype(np.float32)
+    variance, directions = np.linalg.eigh((centred.T @ centred).astype(np.float64) / len(bank))
+    kept = max(1, min(dims, len(bank) // 10, int((variance > NOISE * variance[-1]).sum())))
+    scaled = directions[:, -kept:] / np.sqrt(np.maximum(variance[-kept:], 1e-30))
+    return lambda x: ((x - mean) @ scaled).astype(np.float32)
 
 
 def votes(cosines: np.ndarray, labels: np.ndarray, classes: int, temperature: float) -> np.ndarray:

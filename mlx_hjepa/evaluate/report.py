@@ -25,7 +25,7 @@ from mlx_hjepa.evaluate import check_features
 from mlx_hjepa.evaluate.features import load, random_encoder, weights_file
 from mlx_hjepa.evaluate.few_shot import episodes, few_labels
 from mlx_hjepa.evaluate.fine_tune import fine_tune
-from mlx_hjepa.evaluate.knn import HEADLINE, KS, knn_accuracy
+from mlx_hjepa.evaluate.knn import HEADLINE, KS, knn_accuracy, whitening
 from mlx_hjepa.evaluate.linear import augmented_probe, probe
 from mlx_hjepa.evaluate.quality import quality
 from mlx_hjepa.evaluate.subject import Progress, Splits, Subject, mirrored, splits
@@ -269,10 +269,23 @@ def _knn(subject: Subject, level: str | int) -> dict[str, Any]:
     ks = tuple(k for k in KS if k <= len(train.plain))
     result = knn_accuracy(train.plain, train.labels, test.plain, test.labels, len(subject.split.classes), ks,
                           TEMPERATURES, progress=_told(subject, level))
-    return {"accuracy": result.top1, "interval": result.interval, "top5": result.top5, "k": HEADLINE[0],
+    white = {"whitened": _whitened(subject, level)} if subject.encoder and level in ("last", "levels") else {}
+    return {**white, "accuracy": result.top1, "interval": result.interval, "top5": result.top5, "k": HEADLINE[0],
             "T": HEADLINE[1], "by_k": {str(k): result.accuracy[k, HEADLINE[1]] for k in ks},
             "sweep": [{"k": k, "T": t, "accuracy": a} for (k, t), a in result.accuracy.items()],
             "per_class": _plain(result.per_class)}
+
+
+def _whitened(subject: Subject, level: str | int) -> dict[str, Any]:
+    """k-NN after PCA whitening to the encoder's width: beside the headline, never in its place."""
+    train, test = subject.features("train", level), subject.features("test", level)
+    assert subject.encoder is not None
+    white = whitening(train.plain, subject.encoder.dim)
+    bank, queries = white(train.plain), white(test.plain)
+    k = min(HEADLINE[0], len(bank))
+    result = knn_accuracy(bank, train.labels, queries, test.labels, len(subject.split.classes), (k,),
+                          headline=(k, HEADLINE[1]))
+    return {"accuracy": result.top1, "interval": result.interval, "dims": bank.shape[1]}
 
 
 def _linear(subject: Subject, level: str | int, flip: bool) -> dict[str, Any]:

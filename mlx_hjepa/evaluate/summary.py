@@ -115,9 +115,10 @@ def _sweep(report: Report) -> list[str]:
                 wanted = [(k, 0.07) for k in (1, 5, 10, 20, 50, 100, 200)] + [(200, 0.1)]
                 k, t = best = max(found, key=lambda pair: found[pair])
                 rows.append([name, level, *(f"{100 * found[w]:.1f}" if w in found else "-" for w in wanted),
+                             percent(levels[level]["knn"].get("whitened")),
                              f"{100 * found[best]:.1f} at k {k}, T {t:g}"])
     heads = ["features", "level", *(f"k {k}" for k in (1, 5, 10, 20, 50, 100, 200)), "k 200, T 0.1 (lightly)",
-             "best of all k and T, by the test pictures"]
+             "k 20, whitened", "best of all k and T, by the test pictures"]
     return ["## k-NN, T 0.07", "", *_grid(heads, rows)] if rows else []
 
 
