@@ -179,7 +179,8 @@ class Masking(Section):
 
 
 class Training(Section):
-    """The optimisation. `batch` counts pictures of one update; `accumulation` cuts it into that many parts."""
+    """The optimisation. `batch` counts pictures of one update; `accumulation` cuts it into that many parts; `sigreg`
+    weighs a pull of the features towards an isotropic Gaussian (model.hjepa.sigreg)."""
 
     epochs: Count = 20
     batch: Count = 256
@@ -194,6 +195,7 @@ class Training(Section):
     clip: Positive = 1.0
     ema: tuple[Unit, Unit] = (0.996, 0.9995)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    sigreg: Annotated[float, Field(ge=0)] = 0.0
     max_bad_steps: Count = 20
 
     @model_validator(mode="after")
@@ -250,7 +252,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self):
-        size, patch, g = self.data.image_size, self.model.patch, self.grid
+        size, patch, g, m, batch = self.data.image_size, self.model.patch, self.grid, self.masking, self.training.batch
         if size % patch:
             raise ValueError(f"data.image_size {size} is no multiple of model.patch {patch}")
         for level in self.model.levels:
@@ -259,10 +261,8 @@ class Config(Section):
         for dim in (self.model.dim, self.predictor.dim):
             if round((dim or 0) * self.model.mlp_ratio) < 1:
                 raise ValueError(f"model.mlp_ratio {self.model.mlp_ratio:g} leaves a width of {dim} no hidden layer")
-        if (held := PICTURES.get(self.data.dataset)) and self.training.batch > held:
-            raise ValueError(f"training.batch {self.training.batch} is larger than the {held} training pictures of "
-                             f"{self.data.dataset}")
-        m = self.masking
+        if (held := PICTURES.get(self.data.dataset)) and batch > held:
+            raise ValueError(f"training.batch {batch} is larger than the {held} pictures of {self.data.dataset}")
         if m.target_tokens + m.context_tokens > g * g:
             raise ValueError(f"masking: target_tokens {m.target_tokens} + context_tokens {m.context_tokens} is more "
                              f"than the grid's {g * g} tokens")

@@ -155,7 +155,7 @@ def test_a_run_is_named_by_a_plain_word():
     ({"model__levels": [{"depth": 2, "pool": 5}]}, "pool 5 is larger than the grid of 4 x 4 patches"),
     ({"model__levels": [1, {"depth": 2, "pool": 2}, {"depth": 2, "pool": 2}]}, "depth 2 with pool 2 is given twice"),
     ({"model__mlp_ratio": 0.01}, "model.mlp_ratio 0.01 leaves a width of 32 no hidden layer"),
-    ({"training__batch": 60000}, "training.batch 60000 is larger than the 50000 training pictures of cifar10"),
+    ({"training__batch": 60000}, "training.batch 60000 is larger than the 50000 pictures of cifar10"),
     ({"model__level_weights": [1.0]}, "level_weights has 1 numbers for 2 levels"),
     ({"model__dim": None}, "give size (one of vit_tiny, vit_small, vit_base, vit_wide), or both dim and depth"),
     ({"model__depth": None}, "give size"),

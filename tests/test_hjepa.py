@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_hjepa.model.hjepa import HJEPA, baseline, gather, key_of, smooth_l1
+from mlx_hjepa.model.hjepa import HJEPA, baseline, gather, key_of, sigreg, smooth_l1
 from mlx_hjepa.model.vit import layer_norm
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -155,3 +155,26 @@ def test_baseline_is_the_best_constant_for_each_place_leaving_the_picture_out(ti
 def test_keys_differ_between_seeds_and_steps():
     keys = {tuple(np.array(key_of(seed, step)).tolist()) for seed in range(4) for step in range(50)}
     assert len(keys) == 200
+
+
+def features(z):
+    return [mx.array(z[:, None].astype(np.float32))]
+
+
+def test_sigreg_knows_an_isotropic_gaussian_whatever_its_place_and_size():
+    z = np.random.default_rng(0).normal(size=(512, 32))
+    found = [float(sigreg(features(v), key_of(0, 0))) for v in (z, 5 * z + 3, z * np.linspace(1, 0.02, 32),
+                                                                z[:, :1] @ z[:1] + 0.01 * z)]
+    assert found[0] < 1.5  # the statistic of 512 true draws
+    assert found[1] == pytest.approx(found[0], rel=1e-3)
+    assert found[0] < found[2] / 2 < found[3] / 20
+
+
+def test_sigreg_pulls_features_apart():
+    z = mx.array((np.random.default_rng(0).normal(size=(256, 16)) * np.linspace(1, 0.1, 16)).astype(np.float32))
+    slope = mx.grad(lambda z, key: sigreg([z[:, None]], key))
+    before = float(sigreg([z[:, None]], key_of(0, 2)))
+    for i in range(150):
+        z = z - slope(z, key_of(1, i))
+        mx.eval(z)
+    assert float(sigreg([z[:, None]], key_of(0, 2))) < before / 2

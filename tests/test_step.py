@@ -5,7 +5,7 @@ import mlx.optimizers as optim
 import numpy as np
 import pytest
 
-from mlx_hjepa.model.hjepa import HJEPA, key_of, smooth_l1
+from mlx_hjepa.model.hjepa import HJEPA, key_of, sigreg, smooth_l1
 from mlx_hjepa.schedule import Schedule
 from mlx_hjepa.train import step as step_module
 from mlx_hjepa.train.step import Layout, Step, part
@@ -72,7 +72,8 @@ def plain_steps(config, steps):
 
         def loss(w, patches=patches, seen=seen, wanted=wanted, goal=goal, drop_key=drop_key):
             guess = model.predict(part(w, "encoder"), part(w, "predictor"), patches, seen, wanted, drop_key)
-            return smooth_l1(guess, goal).mean()
+            context = model.context(part(w, "encoder"), patches, seen, drop_key)
+            return smooth_l1(guess, goal).mean() + t.sigreg * sigreg(context, mx.random.split(drop_key)[1])
 
         gradient = mx.grad(loss)(dict(weights))
         norm = mx.sqrt(sum((g * g).sum() for g in gradient.values()))
@@ -87,9 +88,10 @@ def plain_steps(config, steps):
     return weights, target
 
 
-@pytest.mark.parametrize("clip", [100.0, 0.05])
-def test_the_flat_compiled_step_equals_a_plain_one(tiny_config, clip):
-    config = tiny_config(training={"clip": clip, "lr": 1e-3, "weight_decay": 0.3, "ema": [0.9, 0.99], "eps": 1e-6},
+@pytest.mark.parametrize(("clip", "pull"), [(100.0, 0.0), (0.05, 0.0), (100.0, 0.01)])
+def test_the_flat_compiled_step_equals_a_plain_one(tiny_config, clip, pull):
+    config = tiny_config(training={"clip": clip, "sigreg": pull, "lr": 1e-3, "weight_decay": 0.3, "ema": [0.9, 0.99],
+                                   "eps": 1e-6},
                          model={"levels": [1, {"depth": 2, "pool": 2}]})
     step = step_of(config)  # at eps 1e-8 Adam would turn the rounding of keys' biases, whose gradient is 0, into steps
     state, _ = run(step, 5)

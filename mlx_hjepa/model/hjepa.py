@@ -14,6 +14,7 @@ from mlx_hjepa.model.predictor import Predictor
 from mlx_hjepa.model.vit import Encoder, Weights, layer_norm, patchify
 
 INIT_STEP, HEALTH_STEP = 2**32 - 1, 2**32 - 2  # places in the key space that no training step reaches
+SLICES = 64
 
 
 def key_of(seed: int, step: int) -> mx.array:
@@ -103,9 +104,33 @@ class HJEPA:
 
         The patches seen are gathered before the embedding: what is masked never enters, and pixels need no gradient.
         """
+        return self.predictor(predictor, self.context(encoder, patches, seen, key), seen, wanted)
+
+    def context(self, encoder: Weights, patches: mx.array, seen: mx.array, key: mx.array | None) -> list[mx.array]:
+        """The context encoder's outputs at the levels' depths, each (B * M, kc, D)."""
         visible = gather(patches, seen.reshape(patches.shape[0], -1)).reshape(*seen.shape, -1)
-        context = self.encoder(encoder, visible, seen, key)
-        return self.predictor(predictor, context, seen, wanted)
+        return self.encoder(encoder, visible, seen, key)
+
+
+def sigreg(context: list[mx.array], key: mx.array) -> mx.array:
+    """How far pictures' features are from an isotropic Gaussian, mean over the depths: SIGReg (Balestriero and LeCun
+    2025, arXiv 2511.08544), the Epps-Pulley statistic of SLICES random one-dimensional projections. fp32 scalar.
+
+    context: each depth's (n, kc, D). A feature is the mean over tokens of the LayerNorm-ed output, here centred and
+    scaled to unit mean variance, so that its shape counts and not its size.
+    """
+    z = mx.stack([layer_norm(h).astype(mx.float32).mean(axis=1) for h in context])
+    z = z - z.mean(axis=1, keepdims=True)
+    z = z * mx.rsqrt(mx.square(z).mean(axis=(1, 2), keepdims=True) + 1e-8)
+    directions = mx.random.normal((z.shape[-1], SLICES), key=key)
+    x = z @ (directions * mx.rsqrt(mx.square(directions).sum(axis=0)))
+    points = np.linspace(0, 3, 17, dtype=np.float32)
+    window = np.exp(-(points**2) / 2)
+    share = np.full(17, 2 * points[1], np.float32) * window
+    share[[0, -1]] /= 2
+    angles = x[..., None] * mx.array(points)
+    error = mx.square(mx.cos(angles).mean(axis=1) - mx.array(window)) + mx.square(mx.sin(angles).mean(axis=1))
+    return z.shape[1] * (error * mx.array(share)).sum(axis=-1).mean()
 
 
 def baseline(model: HJEPA, targets: list[mx.array], wanted: mx.array) -> mx.array:

@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_hjepa.model.hjepa import HJEPA, baseline, smooth_l1
+from mlx_hjepa.model.hjepa import HJEPA, baseline, sigreg, smooth_l1
 from mlx_hjepa.model.vit import Weights
 from mlx_hjepa.schedule import Schedule
 
@@ -141,10 +141,12 @@ class Step:
         weights, scale = scalars[5:], guard[2]
 
         def loss(leaves):
-            guess = model.predict(part(leaves, "encoder"), part(leaves, "predictor"), patches, seen, wanted, drop_key)
-            levels = smooth_l1(guess, goal)
+            context = model.context(part(leaves, "encoder"), patches, seen, drop_key)
+            levels = smooth_l1(model.predictor(part(leaves, "predictor"), context, seen, wanted), goal)
             total = (levels * weights).sum()
-            return total * scale, mx.concatenate([total[None], levels])
+            share = self.training.sigreg
+            driven = total + share * sigreg(context, mx.random.split(drop_key)[1]) if share else total
+            return driven * scale, mx.concatenate([total[None], levels])
 
         (_, losses), gradients = mx.value_and_grad(loss)(layout.views(p.astype(self.dtype)))
         return layout.pack(gradients).astype(mx.float32), losses
