@@ -61,6 +61,7 @@ MEMORY_SHARE = (0.35, 0.6, 1.0)  # of a reduction's rate: a softmax reached the 
 LAUNCH = (3e-6, 5e-6, 10e-6)  # seconds a kernel, an assumed range; a plain one in sequence (pytorch#82707) is 3
 FIRST_STEP = 30.0  # seconds, compilation included: a guess
 LAUNCHES = (148, 63, 53)  # kernels of a step: fixed, an encoder block, a predictor block (benchmarks/throughput.py)
+SIGREG = (34, 5)  # those of training.sigreg: fixed, a level's depth
 
 
 class Figure(NamedTuple):
@@ -179,7 +180,8 @@ def band(config: Config, chip: Chip, batch: int) -> Band:
 def kernels(config: Config) -> int:
     """About how many kernels a step launches."""
     fixed, encoder, predictor = LAUNCHES
-    return fixed + encoder * (config.model.depth or 0) + predictor * config.predictor.depth
+    pull = SIGREG[0] + SIGREG[1] * len({level.depth for level in config.model.levels}) if config.training.sigreg else 0
+    return fixed + encoder * (config.model.depth or 0) + predictor * config.predictor.depth + pull
 
 
 def traffic(config: Config, size: int = 4) -> float:
