@@ -178,7 +178,7 @@ def _decline(h: History) -> Fault | None:
     if len(h.knn) < 4 or h.knn[-2:].max() > h.knn.max() - 2 * KNN_NOISE:
         return None
     return Fault("decline", f"online k-NN {_percent(h.knn.max())} at step {h.knn_step[h.knn.argmax()]:,.0f}, "
-                 f"{_percent(h.knn[-1])} now, while the {h.measure} does not rise",
+                 f"{_percent(h.knn[-1])} now",
                  "augment.jitter: 0.4, or fewer training.epochs; --checkpoint best scores this run at its best")
 
 

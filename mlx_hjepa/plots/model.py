@@ -85,9 +85,9 @@ def predictions(model: HJEPA, frozen: FrozenEncoder, both: Weights, images: np.n
     seen, wanted = (i[:: c.masking.masks_per_image] for i in model.masks(b, key_of(0, 1)))
     named = [{n.removeprefix(f"{p}."): w for n, w in both.items() if n.startswith(f"{p}.")}
              for p in ("encoder", "predictor")]
-    guess = np.array(model.predict(named[0], named[1], patches, seen, wanted, None)[:, :, -1])
-    place = {depth: i for i, depth in enumerate(model.encoder.depths)}[model.levels[-1].depth]
-    goal = np.array(layer_norm(model.encoder(frozen.weights, patches, fused=True)[place]))
+    deepest = [level.depth for level in model.levels].index(model.encoder.depth)
+    guess = np.array(model.predict(named[0], named[1], patches, seen, wanted, None)[:, :, deepest])
+    goal = np.array(layer_norm(model.encoder(frozen.weights, patches, fused=True)[-1]))
     places, context = np.array(wanted), only(np.array(x), np.array(seen), c.model.patch)
     drawn = {"picture": np.array(x)[:SHOWN], "context": context[:SHOWN]}
     for title, values in (("predicted", guess), ("by true targets", goal[np.arange(b)[:, None], places])):

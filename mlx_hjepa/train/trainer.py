@@ -50,8 +50,7 @@ def train(config: Config, run: Run, resume: bool = False, again: Callable[[], ob
         return False
     finally:
         signal.signal(signal.SIGTERM, before)
-    trainer.again = again
-    return trainer.fit()
+    return trainer.fit(again)
 
 
 class Trainer:
@@ -59,7 +58,6 @@ class Trainer:
 
     def __init__(self, config: Config, run: Run, resume: bool):
         self.config, self.run = config, run
-        self.again: Callable[[], object] | None = None
         self.notes: list[str] = []
         self.data = load_dataset(config.data, say=self._note)
         if len(self.data.train) < FEWEST_PICTURES:
@@ -106,8 +104,9 @@ class Trainer:
         truncate(self.run.metrics_file, self.progress["step"])
         return True
 
-    def fit(self) -> bool:
+    def fit(self, again: Callable[[], object] | None = None) -> bool:
         """The loop: checks and checkpoints where they are due, then a step. Returns whether the run is finished."""
+        self.again = again
         start, total = self.progress["step"], self.schedule.total
         self.kept = start  # the step of the newest checkpoint
         began, seconds = time.monotonic(), self.progress["seconds"]
