@@ -223,6 +223,17 @@ def test_where_mlx_does_not_load_it_is_said_in_two_lines_and_doctor_says_more(mo
     assert "Traceback" not in done.stderr
 
 
+def test_all_can_leave_fine_tuning_out(monkeypatch, tmp_path, tiny_config):
+    monkeypatch.chdir(tmp_path)
+    Run.create(tiny_config())
+    asked = []
+    monkeypatch.setattr("mlx_hjepa.cli._scored", lambda run, protocols, what, quiet: asked.append(protocols))
+    monkeypatch.setattr("mlx_hjepa.evaluate.summary.compare", lambda reports: {})
+    for epochs in ([], ["--fine-tune-epochs", "0", "0"]):
+        CliRunner().invoke(main, ["eval", "tiny", "--all", *epochs])
+    assert [(p.fine_tune, p.knn, p.augmented, p.context) for p in asked] == [(True,) * 4, (False, True, True, True)]
+
+
 def test_a_run_is_resumed_by_its_name_and_by_its_own_configuration(monkeypatch, tmp_path, tiny_config):
     monkeypatch.chdir(tmp_path)
     resumed = []

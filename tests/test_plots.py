@@ -38,9 +38,10 @@ def test_patches_are_put_together_again():
     assert (unpatchify(np.array(patchify(mx.array(IMAGES), 4)), 4) == IMAGES).all()
 
 
-def test_a_target_finds_itself_whatever_all_targets_have_in_common():
-    bank = RNG.normal(size=(50, 8)).astype(np.float32)
-    assert (nearest(3 * bank[7:9] - 2 * bank.mean(axis=0) + 100, bank + 100) == [7, 8]).all()
+def test_the_nearest_is_found_whatever_all_targets_have_in_common():
+    rows = np.array([[1, 0, 0], [3, 0.6, 0], [-1, 0, 0], [-3, -0.6, 0]], np.float32)
+    common = np.array([0, 0, 100], np.float32)
+    assert (nearest(3 * rows[[0, 2]] + common, rows + common) == [0, 2]).all()  # plain cosines would say 1 and 3
 
 
 def test_the_attention_shown_is_the_encoders(run):

@@ -177,6 +177,9 @@ def test_the_report_says_what_was_scored_and_where_it_comes_from(trained):
     best = max(levels["knn"]["sweep"], key=lambda s: s["accuracy"])
     assert f"{100 * best['accuracy']:.1f} at k {best['k']}, T {best['T']:g}" in text
     assert f"| {100 * levels['knn']['top5']:.1f} | {100 * levels['linear']['top5']:.1f} |" in text
+    white = levels["knn"]["whitened"]
+    assert (white["dims"], f"| {100 * white['accuracy']:.1f} ± " in text) == (32, True)  # the encoder's width, of 64
+    assert "whitened" not in report["rows"]["raw"]["last"]["knn"]
 
 
 def test_pictures_are_small_and_only_of_what_ran(run):
