@@ -114,7 +114,8 @@ class HJEPA:
 
 def sigreg(context: list[mx.array], key: mx.array) -> mx.array:
     """How far pictures' features are from an isotropic Gaussian, mean over the depths: SIGReg (Balestriero and LeCun
-    2025, arXiv 2511.08544), the Epps-Pulley statistic of SLICES random one-dimensional projections. fp32 scalar.
+    2025, arXiv 2511.08544), the Epps-Pulley statistic of SLICES random one-dimensional projections. fp32 scalar. Not
+    multiplied by the n features, as there: its weight then suits any batch and number of masks.
 
     context: each depth's (n, kc, D). A feature is the mean over tokens of the LayerNorm-ed output, here centred and
     scaled to unit mean variance, so that its shape counts and not its size.
@@ -130,7 +131,7 @@ def sigreg(context: list[mx.array], key: mx.array) -> mx.array:
     share[[0, -1]] /= 2
     angles = x[..., None] * mx.array(points)
     error = mx.square(mx.cos(angles).mean(axis=1) - mx.array(window)) + mx.square(mx.sin(angles).mean(axis=1))
-    return z.shape[1] * (error * mx.array(share)).sum(axis=-1).mean()
+    return (error * mx.array(share)).sum(axis=-1).mean()
 
 
 def baseline(model: HJEPA, targets: list[mx.array], wanted: mx.array) -> mx.array:
