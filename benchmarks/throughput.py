@@ -45,7 +45,7 @@ from mlx_hjepa.train import checkpoint, health
 from mlx_hjepa.train.step import DTYPES, Step, part
 
 MODELS = {"gpu": "192x12:4,8,12 192x12:2,4,6,8,10,12*4 384x6:2,4,6 384x6:1,2,3,4,5,6 "
-                 "384x6:1,2,3,4,5,6*4 384x12:4,8,12",
+                 "384x6:1,2,3,4,5,6*8/20/16 384x12:4,8,12",
           "cpu": "64x4:2,4 128x6:2,4,6 192x12:4,8,12", "quick": "64x4:2,4 128x6:2,4,6"}
 BATCHES = {"gpu": "32,64,128,256,512,1024", "cpu": "8,16,32,64", "quick": "16,32,64"}
 EPOCHS = (5, 20, 50, 100)
@@ -58,11 +58,12 @@ MATRIX = {"cuda": (8192, 10), "metal": (4096, 2), "cpu": (1536, 1)}  # size of t
 
 def model_config(spec: str, precision: str = "auto", size: int = 32) -> Config:
     """`192x12:4,8,12`, or a size's name; levels at thirds of the depth when left out; `12/2` pools 2 x 2 windows; `*4`
-    at the end takes four masks a picture.
+    at the end takes four masks a picture, `*4/20/16` each of 20 context and 16 predicted tokens.
 
     Patches of 4 at 32 px, of 16 at 224 px. Raises ConfigError.
     """
-    found = re.fullmatch(r"(?:(\d+)x(\d+)|(\w+))(?::(\d+(?:/\d+)?(?:,\d+(?:/\d+)?)*))?(?:\*(\d+))?", spec)
+    found = re.fullmatch(r"(?:(\d+)x(\d+)|(\w+))(?::(\d+(?:/\d+)?(?:,\d+(?:/\d+)?)*))?"
+                         r"(?:\*(\d+)(?:/(\d+)/(\d+))?)?", spec)
     if not found or (found[3] and found[3] not in config.SIZES):
         raise ConfigError(f"--models {spec}: write it as 192x12:4,8,12, or one of {', '.join(config.SIZES)}")
     dim, depth = config.SIZES[found[3]] if found[3] else (int(found[1]), int(found[2]))
@@ -70,12 +71,13 @@ def model_config(spec: str, precision: str = "auto", size: int = 32) -> Config:
     split, narrow = [[int(n) for n in str(level).split("/")] for level in chosen], min(192, dim)
     patch = {32: 4, 224: 16}.get(size, max(1, size // 8))
     tokens = {64: 28}.get((size // patch) ** 2, int(0.39 * (size // patch) ** 2))
+    seen, wanted = int(found[6] or tokens), int(found[7] or tokens)
     return config.build({
         "name": "throughput", "data": {"image_size": size}, "training": {"precision": precision},
         "model": {"dim": dim, "depth": depth, "patch": patch, "head_dim": math.gcd(dim, 64),
                   "levels": [dict(zip(("depth", "pool"), level, strict=False)) for level in split]},
         "predictor": {"dim": narrow, "depth": 4 if depth >= 6 else 2, "head_dim": math.gcd(narrow, 64)},
-        "masking": {"target_tokens": tokens, "context_tokens": tokens, "masks_per_image": int(found[5] or 1)}},
+        "masking": {"target_tokens": wanted, "context_tokens": seen, "masks_per_image": int(found[5] or 1)}},
         f"--models {spec}")
 
 

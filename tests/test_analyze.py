@@ -179,12 +179,14 @@ def test_a_real_run_past_its_best_is_told_so():
     assert remedy(h, "decline", load(PRESET, ["augment.jitter=0.4"]))[0] == {"training.epochs": 20}
 
 
-@pytest.mark.parametrize("run", ["lunch_x", "vit_wide_lunch", "vit_wide_20ep", "t20_s0", "t5_s0"])
-def test_the_published_runs_of_the_presets_have_no_fault(run):
-    """Calm ends, though the k-NN's last two probes of four are no better than those before."""
+@pytest.mark.parametrize(("run", "judged"), [
+    ("lunch_x", "failed: steady speed"), ("vit_wide_lunch", "passed"), ("vit_wide_20ep", "passed"),
+    ("t20_s0", "passed"), ("t5_s0", "passed")])
+def test_the_published_runs_of_the_presets_have_no_fault(run, judged):
+    """Calm ends, though the k-NN's last two probes of four are no better than those before; lunch_x had company."""
     h = read(ROOT / "docs" / "results" / run / "metrics.jsonl")
     assert faults(h) == []
-    assert verdict([], criteria(h)) == "passed"
+    assert verdict([], criteria(h)) == judged
     assert no_rise(h) is None
 
 

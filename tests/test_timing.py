@@ -385,6 +385,8 @@ def test_models_are_written_as_words():
     assert timing.key(throughput.model_config("vit_wide"))["levels"] == "2,4,6"
     four = throughput.model_config("64x4:2,4*4")
     assert (four.masking.masks_per_image, timing.key(four)["levels"]) == (4, "2,4*4")
+    eight = throughput.model_config("64x4:2,4*8/20/16").masking
+    assert (eight.masks_per_image, eight.context_tokens, eight.target_tokens) == (8, 20, 16)
     for wrong in ("192", "vit_huge", "192x12:a", "192x12:4,8"):
         with pytest.raises(config.ConfigError):
             throughput.model_config(wrong)
