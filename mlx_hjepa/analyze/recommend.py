@@ -216,10 +216,10 @@ def _next(h: History, where: Path, times: Times | None) -> tuple[Path | None, di
             h.config and preset and preset.data.dataset != h.config.data.dataset):
         choice, took = NEXT[name], _took(NEXT[name], times)
         if name == "vit_tiny_5ep":
-            took = took or own.get(20)  # the same encoder, batch and pictures
-            wide = _took("vit_wide_20ep", times)
-            if wide and wide[1] <= 3600 * BASELINE_HOURS:
-                choice, took = "vit_wide_20ep", wide  # learns more in as many epochs
+            took = took or own.get(20)  # the same encoder and pictures
+            lunch = _took(FIRST, times)
+            if lunch and lunch[1] <= 3600 * BASELINE_HOURS:
+                choice, took = FIRST, lunch  # learns more in as many epochs
         if took is None or took[1] <= 3600 * NIGHT_HOURS:
             why.append(f"{choice}: {span(took)} here" if took else f"{choice} is next")
             return preset_file(choice), _carried(h.config, preset_file(choice)), why

@@ -114,8 +114,8 @@ class HJEPA:
 
 def sigreg(context: list[mx.array], key: mx.array) -> mx.array:
     """How far pictures' features are from an isotropic Gaussian, mean over the depths: SIGReg (Balestriero and LeCun
-    2025, arXiv 2511.08544), the Epps-Pulley statistic of SLICES random one-dimensional projections. fp32 scalar. Not
-    multiplied by the n features, as there: its weight then suits any batch and number of masks.
+    2025, arXiv 2511.08544), the Epps-Pulley statistic of SLICES random one-dimensional projections. fp32 scalar.
+    Unlike there it is not multiplied by the n features, so that its weight does not grow with batch and masks.
 
     context: each depth's (n, kc, D). A feature is the mean over tokens of the LayerNorm-ed output, here centred and
     scaled to unit mean variance, so that its shape counts and not its size.
@@ -137,7 +137,7 @@ def sigreg(context: list[mx.array], key: mx.array) -> mx.array:
 def baseline(model: HJEPA, targets: list[mx.array], wanted: mx.array) -> mx.array:
     """Smooth-L1 of the best constant prediction for each level, place and dimension, (levels,) in fp32.
 
-    The constant is the mean over the B pictures given; B / (B - 1) makes it leave-one-out (design.md, Words: baseline).
+    The constant is the mean over the B pictures given; B / (B - 1) makes it leave-one-out.
     """
     b = targets[0].shape[0]
     values = []
