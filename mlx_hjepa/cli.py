@@ -114,10 +114,14 @@ def evaluate(runs: tuple[str, ...], everything: bool, checkpoint: str, encoder: 
              as_json: bool, **asked: bool) -> None:
     """Score RUN, the newest by default, beside raw pixels and its untrained encoder.
 
-    Without a protocol: k-NN and linear probe. Several runs are also put side by side in one table.
+    Without a protocol: k-NN and linear probe. Several runs are also put side by side in one table; of published ones
+    the reports are taken as they are when nothing else is asked for.
     """
     from mlx_hjepa.evaluate import report, summary
 
+    options = (checkpoint, encoder, subset, validation, dataset, root, fine_tune_epochs)
+    plain = len(runs) > 1 and not (everything or any(asked.values())) and options == (
+        "latest", "target", None, False, None, None, None)
     if everything or not any(asked.values()):
         asked |= {name: everything or name in ("knn", "linear") for name in asked}
     if fine_tune_epochs == (0, 0):
@@ -129,7 +133,8 @@ def evaluate(runs: tuple[str, ...], everything: bool, checkpoint: str, encoder: 
     opened, reports = [Run.open(r) for r in runs] or [Run.newest()], []
     for run, data in [(run, _pictures(run, dataset, root)) for run in opened]:  # every mistake before any work
         what = report.Target(encoder, checkpoint, subset, data, validation)  # type: ignore[arg-type]
-        reports.append(_scored(run, protocols, what, as_json))
+        published = report.published(run) if plain else None
+        reports.append(published or _scored(run, protocols, what, as_json))
     compared = summary.compare(reports)
     if as_json:
         click.echo(json.dumps({"reports": reports, "comparison": compared} if len(reports) > 1 else reports[0]))

@@ -776,6 +776,16 @@ def test_several_runs_are_put_side_by_side(run, cli, tmp_path):
     assert [r["scores"]["k-NN"] for r in found["comparison"]["runs"]] == [{"accuracy": accuracy, "mark": "best"}] * 2
 
 
+def test_published_runs_are_put_side_by_side_by_their_reports(cli):
+    names = ("lunch_x", "lunch_x_s1", "vit_wide_20ep_m4")
+    folders = [Path(__file__).parents[1] / "docs/results" / name for name in names]
+    found = json.loads(cli("eval", *folders, "--json").stdout)["comparison"]
+    assert [r["scores"]["linear"] for r in found["runs"]] == [
+        {"accuracy": 0.757, "mark": "~"}, {"accuracy": 0.7631, "mark": "best"}, {"accuracy": 0.7311, "mark": ""}]
+    assert [s["seeds"] for s in found["seeds"]] == [[0, 1]]
+    assert cli("eval", *folders[:2], "--subset", 400).exit_code == 2  # asked for what the report does not hold
+
+
 def test_without_a_terminal_the_tables_are_as_wide_as_they_need(run, cli, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     report = report_of(run) | {"fine_tune": tuning(0.9, 7), "scratch": tuning(0.8, 123)}

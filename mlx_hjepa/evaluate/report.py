@@ -124,6 +124,15 @@ def read_report(file: Path) -> Report:
     return report
 
 
+def published(run: Run) -> Report | None:
+    """The report of a folder that has one but no checkpoints, if it is of this code. Raises UserError."""
+    file = run.evaluation / "report.json"
+    if run.checkpoints.exists() or not file.is_file():
+        return None
+    report = read_report(file)
+    return report if {"recipe", "preset", "protocols"} <= report.keys() else None
+
+
 def _alike(earlier: Report, report: Report) -> bool:
     """Whether both are of the same weights and pictures, and the earlier one says of each protocol how it ran."""
     ran = earlier.get("protocols")
