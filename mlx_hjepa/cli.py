@@ -117,7 +117,7 @@ def evaluate(runs: tuple[str, ...], everything: bool, checkpoint: str, encoder: 
     Without a protocol: k-NN and linear probe. Several runs are also put side by side in one table; of published ones
     the reports are taken as they are when nothing else is asked for.
     """
-    from mlx_hjepa.evaluate import report, summary
+    from mlx_hjepa.evaluate import features, report, summary
 
     options = (checkpoint, encoder, subset, validation, dataset, root, fine_tune_epochs)
     plain = len(runs) > 1 and not (everything or any(asked.values())) and options == (
@@ -131,9 +131,12 @@ def evaluate(runs: tuple[str, ...], everything: bool, checkpoint: str, encoder: 
     protocols = report.Protocols(**{**asked, "linear": asked["linear"] or asked["augmented"]}, context=everything,
                                  fine_tune_epochs=fine_tune_epochs)
     opened, reports = [Run.open(r) for r in runs] or [Run.newest()], []
-    for run, data in [(run, _pictures(run, dataset, root)) for run in opened]:  # every mistake before any work
+    taken = [report.published(run) if plain else None for run in opened]
+    for run, published in zip(opened, taken, strict=True):  # every mistake before any work
+        if len(opened) > 1 and not published:
+            features.load(run.folder, encoder, checkpoint)  # type: ignore[arg-type]
+    for run, published, data in [(r, p, _pictures(r, dataset, root)) for r, p in zip(opened, taken, strict=True)]:
         what = report.Target(encoder, checkpoint, subset, data, validation)  # type: ignore[arg-type]
-        published = report.published(run) if plain else None
         reports.append(published or _scored(run, protocols, what, as_json))
     compared = summary.compare(reports)
     if as_json:

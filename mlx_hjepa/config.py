@@ -1,7 +1,6 @@
 """The configuration of a run: strict, typed, and complete.
 
-A YAML file has the sections of `Config`. An unknown or mistyped key is an error that names the nearest right one; every
-key is read by something. `load` reads a file and `--set a.b=value` overrides; `Config.dump` writes the resolved result.
+An unknown or mistyped key is an error that names the nearest right one. `load` reads a file and `--set a.b=value`.
 """
 
 from __future__ import annotations
@@ -70,9 +69,11 @@ class Data(Section):
     on_corrupt: Literal["skip", "error"] = "error"
 
     @model_validator(mode="after")
-    def _folder_has_a_root(self):
+    def _has_the_root_it_needs(self):
         if self.dataset == "folder" and not self.root:
             raise ValueError("dataset: folder needs data.root, the folder of pictures")
+        if self.dataset == "digits" and self.root:
+            raise ValueError("data.root: the digits come with scikit-learn and have no folder; leave it out")
         return self
 
 
@@ -179,8 +180,7 @@ class Masking(Section):
 
 
 class Training(Section):
-    """The optimisation. `batch` counts pictures of one update; `accumulation` cuts it into that many parts; `sigreg`
-    weighs a pull of the features towards an isotropic Gaussian (model.hjepa.sigreg)."""
+    """The optimisation. `batch`: pictures an update, in `accumulation` parts; `sigreg`: weight of hjepa.sigreg."""
 
     epochs: Count = 20
     batch: Count = 256
@@ -328,7 +328,7 @@ def load(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Confi
 
 
 def build(values: dict, where: str = "config", overrides: tuple[str, ...] | list[str] = ()) -> Config:
-    """A Config from plain values; raises ConfigError as `load` does. What an override set is blamed on it."""
+    """A Config from plain values; raises ConfigError. What an override set is blamed on it."""
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -336,7 +336,7 @@ def build(values: dict, where: str = "config", overrides: tuple[str, ...] | list
 
 
 def section(kind: type[Section], name: str, values: dict) -> Any:
-    """One section by itself; raises ConfigError as `load` does."""
+    """One section by itself; raises ConfigError."""
     try:
         return kind.model_validate(values)
     except ValidationError as error:

@@ -93,9 +93,15 @@ class Run:
         return sorted((self.folder / "weights").glob("*.safetensors"))
 
     @property
+    def published(self) -> bool:
+        """Whether this is a folder of docs/results: with published weights, or beside their results.json."""
+        listed = not self.checkpoints.exists() and (self.folder.absolute().parent / "results.json").is_file()
+        return listed or bool(self.published_weights)
+
+    @property
     def scored(self) -> Path:
         """Where `eval` writes: `evaluation`, or for a published folder, which stays as it is, one under results/."""
-        return RESULTS / f"{self.name}-published" / "evaluation" if self.published_weights else self.evaluation
+        return RESULTS / f"{self.name}-published" / "evaluation" if self.published else self.evaluation
 
     @property
     def config(self) -> Config:

@@ -162,6 +162,7 @@ def test_a_run_is_named_by_a_plain_word():
     ({"training__warmup_epochs": 4}, "warmup_epochs 4 leaves nothing of 4 epochs"),
     ({"training__accumulation": 3}, "batch 8 is no multiple of accumulation 3"),
     ({"data__dataset": "folder"}, "dataset: folder needs data.root"),
+    ({"data__dataset": "digits", "data__root": "p"}, "the digits come with scikit-learn and have no folder"),
 ])
 def test_keys_that_do_not_fit_each_other(changes, text):
     assert text in refusal(**changes)

@@ -21,7 +21,8 @@ MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
 @pytest.fixture
 def run(tiny_config, tmp_path):
     """A run with one checkpoint, of an encoder whose every weight is at random, biases and norms too."""
-    config = tiny_config(model={"depth": 3, "levels": [1, 3], "mlp_ratio": 2.7}, data={"root": "/private/path"})
+    config = tiny_config(model={"depth": 3, "levels": [1, 3], "mlp_ratio": 2.7},
+                         data={"dataset": "cifar10", "root": "/private/path"})
     run = Run.create(config, tmp_path / "results")
     run.environment_file.write_text(json.dumps({"dataset": {"name": "digits", "mean": MEAN, "std": STD}}))
     rng = np.random.default_rng(0)

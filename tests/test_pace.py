@@ -51,6 +51,13 @@ def test_the_first_check_and_the_first_step_do_not_delay_the_end(clock):
     assert p.left(step=11) == "8 min left, ends Thu 00:07"
 
 
+def test_after_the_first_step_alone_the_end_is_told_from_that(clock):
+    p = Pace(total=101, start=0)
+    clock(36)
+    p.first(mx.array(0))
+    assert p.left(step=1) == "1 h 00 min left, ends Thu 01:00"
+
+
 def test_three_slow_laps_are_told_once_until_it_recovers(clock):
     p = Pace(total=1000, start=0)
     p.first(mx.array(0))

@@ -48,10 +48,8 @@ def test_every_level_has_every_statistic_of_metrics(subject):
         sigma = np.linalg.svd(x - x.mean(axis=0, dtype=np.float64), compute_uv=False)
         assert len(row["spectrum"]) == min(40, x.shape[1])
         np.testing.assert_allclose(row["spectrum"], sigma[:64] / sigma[0], atol=1e-5)
-        assert ("verdict" in row) == (key != "levels")
     assert found["pictures"] == 40
-    assert (found["verdict"], found["reason"]) == (found["by_level"]["last"]["verdict"],
-                                                   found["by_level"]["last"]["reason"])
+    assert found["verdict"] in ("healthy", "weak", "collapsed")
     assert json.loads(json.dumps(found, allow_nan=False)) == found
 
 
@@ -117,7 +115,7 @@ def test_no_views_where_there_are_none(tiny_config, case):
 def test_a_constant_encoder_is_collapsed(tiny_config):
     s = Subject("trained", split(40), encoder(tiny_config(), mx.zeros_like))
     found = quality(s, views=3)
-    assert found["verdict"] == found["by_level"]["1"]["verdict"] == "collapsed"
+    assert found["verdict"] == "collapsed"
     assert "every picture has the same feature" in found["reason"]
     row = found["by_level"]["last"]
     assert row["effective_rank"] == pytest.approx(1)

@@ -721,10 +721,11 @@ def test_the_comparison_pools_runs_that_differ_in_their_seed_alone():
 
 
 def test_the_recipe_is_all_of_the_configuration_but_where_and_which(tiny_config):
-    same = [tiny_config(**c) for c in ({}, {"name": "b"}, {"seed": 3}, {"data": {"root": "elsewhere"}},
-                                       {"logging": {"knn_every": 1}}, {"checkpoints": {"keep": 9}})]
-    other = [tiny_config(**c) for c in ({"training": {"lr": 0.1}}, {"augment": {"flip": False}},
-                                        {"data": {"split_seed": 1}})]
+    same = [tiny_config(**{"data": {"dataset": "cifar10"}} | c) for c in (
+        {}, {"name": "b"}, {"seed": 3}, {"data": {"dataset": "cifar10", "root": "elsewhere"}},
+        {"logging": {"knn_every": 1}}, {"checkpoints": {"keep": 9}})]
+    other = [tiny_config(**{"data": {"dataset": "cifar10"}} | c) for c in (
+        {"training": {"lr": 0.1}}, {"augment": {"flip": False}}, {"data": {"dataset": "cifar10", "split_seed": 1}})]
     assert len({module._recipe(c) for c in same}) == 1
     assert len({module._recipe(c) for c in [same[0], *other]}) == 4
 
@@ -774,6 +775,14 @@ def test_several_runs_are_put_side_by_side(run, cli, tmp_path):
     assert [r["run"] for r in found["reports"]] == ["tiny", "twin"]
     accuracy = found["reports"][0]["rows"]["trained"]["levels"]["knn"]["accuracy"]
     assert [r["scores"]["k-NN"] for r in found["comparison"]["runs"]] == [{"accuracy": accuracy, "mark": "best"}] * 2
+
+
+def test_the_weights_of_all_runs_are_looked_at_before_one_is_scored(run, cli, tmp_path):
+    twin = shutil.copytree(run.folder, tmp_path / "results" / "twin")
+    next(twin.glob("checkpoints/step-*/target.safetensors")).write_bytes(b"cut")
+    result = cli("eval", "tiny", "twin", "--knn", "--subset", 400)
+    assert result.exit_code == 2
+    assert "k-NN" not in result.output
 
 
 def test_published_runs_are_put_side_by_side_by_their_reports(cli):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 
 import pytest
 
@@ -207,6 +208,16 @@ def test_the_weights_of_a_published_run(run):
     for number in (2, 1):
         (run.folder / "weights" / f"target-{number}.safetensors").touch()
     assert [file.name for file in run.published_weights] == ["target-1.safetensors", "target-2.safetensors"]
+
+
+def test_a_folder_beside_published_results_is_scored_under_results_too(run):
+    shutil.rmtree(run.checkpoints, ignore_errors=True)
+    assert not run.published
+    (run.folder.parent / "results.json").write_text("[]")
+    assert run.published
+    assert run.scored.as_posix() == "results/tiny-published/evaluation"
+    run.checkpoints.mkdir()
+    assert not run.published
 
 
 def test_a_published_folder_is_scored_under_results(run):

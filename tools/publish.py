@@ -48,8 +48,10 @@ def main(run: str, weights: bool, commit: str | None, out: Path) -> None:
     file = "target.safetensors"
     encoder = source.checkpoint(report["checkpoint"], file) / file if weights else None
     folder.mkdir(parents=True, exist_ok=True)
-    for file in (source.config_file, source.environment_file):
-        shutil.copyfile(file, folder / file.name)
+    config = source.config
+    data = config.data.model_copy(update={"root": None})  # a place on this machine; the environment has the command
+    write_atomically(folder / source.config_file.name, config.model_copy(update={"data": data}).dump())
+    shutil.copyfile(source.environment_file, folder / source.environment_file.name)
     write_atomically(folder / "metrics.jsonl", thinned(source.metrics_file.read_text()))
     (folder / "evaluation").mkdir(exist_ok=True)
     for file in sorted(source.evaluation.glob("*.*")):

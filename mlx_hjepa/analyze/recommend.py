@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx_hjepa
+from mlx_hjepa import backend
 from mlx_hjepa.analyze.faults import SPEED_FAULTS, Fault, faults, restarted
 from mlx_hjepa.analyze.history import History
 from mlx_hjepa.analyze.measures import Criterion, Span, no_rise, progress, span, time_left, times_of
@@ -227,9 +228,9 @@ def _next(h: History, where: Path, times: Times | None) -> tuple[Path | None, di
     if h.config is None or epochs >= 100:
         return None, {}, why
     longer = 20 if epochs < 20 else 100
-    took = own.get(longer)
+    took, there = own.get(longer), "here" if h.device in ("", backend.device()["name"]) else f"on {h.device}"
     return where / "config.yaml", {"training.epochs": longer}, [
-        *why, f"the same for {longer} epochs" + (f": {span(took)} here" if took else "")]
+        *why, f"the same for {longer} epochs" + (f": {span(took)} {there}" if took else "")]
 
 
 def _took(name: str, times: Times | None) -> Span | None:

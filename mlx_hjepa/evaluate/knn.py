@@ -67,12 +67,16 @@ def whitening(bank: np.ndarray, dims: int) -> Callable[[np.ndarray], np.ndarray]
     d: the directions of largest variance, at most `dims`, and at most a tenth as many as pictures, which could not tell
     more of them from chance. Where a few directions hold most of the variance, plain cosines see those alone.
     """
-    mean = bank.mean(axis=0, dtype=np.float64)
-    centred = (bank - mean).astype(np.float32)
-    variance, directions = np.linalg.eigh((centred.T @ centred).astype(np.float64) / len(bank))
+    mean, block = bank.mean(axis=0, dtype=np.float64), 16384
+    covariance = np.zeros((bank.shape[1], bank.shape[1]))
+    for start in range(0, len(bank), block):  # no copy of a large bank
+        centred = (bank[start:start + block] - mean).astype(np.float32)
+        covariance += centred.T @ centred
+    variance, directions = np.linalg.eigh(covariance / len(bank))
     kept = max(1, min(dims, len(bank) // 10, int((variance > NOISE * variance[-1]).sum())))
     scaled = directions[:, -kept:] / np.sqrt(np.maximum(variance[-kept:], 1e-30))
-    return lambda x: ((x - mean) @ scaled).astype(np.float32)
+    return lambda x: np.concatenate([((x[start:start + block] - mean) @ scaled).astype(np.float32)
+                                     for start in range(0, len(x), block)])
 
 
 def votes(cosines: np.ndarray, labels: np.ndarray, classes: int, temperature: float) -> np.ndarray:

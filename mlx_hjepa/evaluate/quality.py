@@ -27,8 +27,8 @@ def quality(subject: Subject, untrained: dict[str, Any] | None = None, pictures:
             seed: int = 0) -> dict[str, Any]:
     """What the features of the test split are like, as plain values for JSON.
 
-    by_level: the statistics of `last`, `levels` and each depth, and for all but `levels`, whose depths repeat one
-    another, a verdict with its reason; verdict, reason: those of `last`. cka: linear CKA between depths, all near 1
+    by_level: the statistics of `last`, `levels` and each depth; verdict, reason: of `last`, for a lower depth may be
+    nearly constant and still tell classes apart. cka: linear CKA between depths, all near 1
     when the hierarchy is idle. views: alignment of two augmented views and LiDAR, of `last`; None for raw pixels, for a
     run that augments nothing, and with `views` under 2.
 
@@ -47,11 +47,9 @@ def quality(subject: Subject, untrained: dict[str, Any] | None = None, pictures:
         if len(features.plain) < 3:
             raise UserError(f"feature quality: {len(features.plain)} test pictures; it needs at least 3")
         by_level[str(level)] = statistics(features.plain)
-        if level != "levels":
-            by_level[str(level)] |= _verdict(by_level[str(level)], len(features.plain), known.get(str(level)))
-    last = by_level["last"]
-    return {"pictures": len(subject.split.test_rows), "verdict": last["verdict"], "reason": last["reason"],
-            "by_level": by_level, "cka": _similarity(subject), "views": _views(subject, pictures, views, seed)}
+    return {"pictures": len(subject.split.test_rows),
+            **_verdict(by_level["last"], len(subject.split.test_rows), known.get("last")), "by_level": by_level,
+            "cka": _similarity(subject), "views": _views(subject, pictures, views, seed)}
 
 
 def statistics(features: np.ndarray) -> dict[str, Any]:

@@ -90,6 +90,8 @@ def evaluate(run: Run, protocols: Protocols | None = None, what: Target | None =
     if what.encoder == "target" and checkpoint and (checkpoint / weights_file("context")).exists() and (
             protocols.context or "context" in report["rows"]):
         encoders["context"] = load(run.folder, "context", what.checkpoint)
+    elif protocols.context and what.encoder == "target":
+        say("the context encoder's weights are not here: left out")
     subjects = [Subject("raw", split, None, progress=progress)]
     for name, encoder in encoders.items():
         key = f"{encoder.digest} {dataset.fingerprint}"
@@ -125,9 +127,9 @@ def read_report(file: Path) -> Report:
 
 
 def published(run: Run) -> Report | None:
-    """The report of a folder that has one but no checkpoints, if it is of this code. Raises UserError."""
+    """A published run's report, if it is of this code. Raises UserError."""
     file = run.evaluation / "report.json"
-    if run.checkpoints.exists() or not file.is_file():
+    if not run.published or not file.is_file():
         return None
     report = read_report(file)
     return report if {"recipe", "preset", "protocols"} <= report.keys() else None

@@ -162,7 +162,8 @@ def _quality(report: Report) -> list[str]:
         return []
     keys = ("effective_rank", "rankme", "alpha_req", "normalised_std", "uniformity")
     rows = [[name, level, *("-" if values[k] is None else f"{values[k]:.3g}" for k in keys),
-             "{mean:.2f} ({p5:.2f} to {p95:.2f})".format(**values["cosine"]), values.get("verdict", "-")]
+             "{mean:.2f} ({p5:.2f} to {p95:.2f})".format(**values["cosine"]),
+             found["verdict"] if level == "last" else "-"]
             for name, found in report["quality"].items() for level, values in found["by_level"].items()]
     text = ["## Feature quality", "", *_grid(["features", "level", "effective rank", "RankMe", "alpha-ReQ",
                                               "normalised std", "uniformity", "cosine of two, mean (5 to 95 %)",

@@ -65,6 +65,7 @@ class Pace:
 
     def left(self, step: int) -> str:
         """The time left and the clock time of the end, from the pace since the first step, checks included."""
-        done = max(1, step - self.start - self.counted)
-        seconds = (time.monotonic() - self.began) / done * (self.total - step)
+        done = step - self.start - self.counted
+        each = (time.monotonic() - self.began) / done if done > 0 else self.first_step or 0.0
+        seconds = each * (self.total - step)
         return f"{duration(seconds)} left, ends {time.strftime('%a %H:%M', time.localtime(time.time() + seconds))}"

@@ -337,7 +337,7 @@ class Trainer:
         if done:
             then = (f"Score it: mlx-hjepa eval {self.run.folder} --knn --linear" if self.data.train.labels is not None
                     else f"Use it: mlx-hjepa embed {self.run.folder} FOLDER --out features.npz")
-            took = duration(self.progress["seconds"])
+            took = duration(self.progress["seconds"]) + (", nothing left to do" if step == self.pace.start else "")
             self.log.line(f"finished {self.config.training.epochs} epochs in {took}. {then}")
         else:
             self.log.line(f"stopped and saved at step {step:,}. Go on with: mlx-hjepa train {self.run.folder} --resume")
