@@ -119,9 +119,7 @@ def evaluate(runs: tuple[str, ...], everything: bool, checkpoint: str, encoder: 
     """
     from mlx_hjepa.evaluate import features, report, summary
 
-    options = (checkpoint, encoder, subset, validation, dataset, root, fine_tune_epochs)
-    plain = len(runs) > 1 and not (everything or any(asked.values())) and options == (
-        "latest", "target", None, False, None, None, None)
+    plain = len(runs) > 1 and not everything and not any(asked.values())
     if everything or not any(asked.values()):
         asked |= {name: everything or name in ("knn", "linear") for name in asked}
     if fine_tune_epochs == (0, 0):
@@ -131,12 +129,15 @@ def evaluate(runs: tuple[str, ...], everything: bool, checkpoint: str, encoder: 
     protocols = report.Protocols(**{**asked, "linear": asked["linear"] or asked["augmented"]}, context=everything,
                                  fine_tune_epochs=fine_tune_epochs)
     opened, reports = [Run.open(r) for r in runs] or [Run.newest()], []
-    taken = [report.published(run) if plain else None for run in opened]
-    for run, published in zip(opened, taken, strict=True):  # every mistake before any work
-        if len(opened) > 1 and not published:
-            features.load(run.folder, encoder, checkpoint)  # type: ignore[arg-type]
-    for run, published, data in [(r, p, _pictures(r, dataset, root)) for r, p in zip(opened, taken, strict=True)]:
-        what = report.Target(encoder, checkpoint, subset, data, validation)  # type: ignore[arg-type]
+    wanted = []
+    for run in opened:  # every mistake before any work
+        what = report.Target(encoder, checkpoint, subset, _pictures(run, dataset, root),  # type: ignore[arg-type]
+                             validation)
+        published = report.published(run) if plain and what == report.Target() else None
+        if not published:
+            features.load(run.folder, what.encoder, checkpoint)
+        wanted.append((run, what, published))
+    for run, what, published in wanted:
         reports.append(published or _scored(run, protocols, what, as_json))
     compared = summary.compare(reports)
     if as_json:

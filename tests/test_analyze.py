@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from mlx_hjepa import backend
 from mlx_hjepa.analyze import watch as live
 from mlx_hjepa.analyze.faults import faults
 from mlx_hjepa.analyze.history import read
@@ -409,6 +410,10 @@ def test_a_healthy_run_climbs(tmp_path):
     longer = analyze(Run(done), endless)["recommendation"]["command"]
     assert f"{done}/config.yaml" in longer
     assert command_loads(longer).training.epochs == 100
+    assert analyze(Run(done), endless)["recommendation"]["why"][-1].endswith(" on made")
+    lines = (done / "metrics.jsonl").read_text().replace('"made"', json.dumps(backend.device()["name"]))
+    (done / "metrics.jsonl").write_text(lines)
+    assert analyze(Run(done), endless)["recommendation"]["why"][-1].endswith(" here")
     top = made(tmp_path / "top", preset=preset_file("vit_small_100ep"))
     lines = (top / "metrics.jsonl").read_text().replace(f'"epoch_steps": {EPOCH}', f'"epoch_steps": {EPOCH // 5}')
     (top / "metrics.jsonl").write_text(lines)

@@ -136,6 +136,8 @@ def test_whitening_finds_classes_that_a_loud_direction_hides():
     z = white(features[:400])
     assert z.shape == (400, 5)  # three columns are constant
     assert np.cov(z.T) == pytest.approx(np.eye(5), abs=0.02)
+    in_blocks = knn.whitening(features[:400], 8, block=7)
+    assert np.abs(in_blocks(features)) == pytest.approx(np.abs(white(features)), abs=1e-3)
     assert z.mean(axis=0) == pytest.approx(0, abs=1e-3)
 
     def accuracy(view):

@@ -873,9 +873,22 @@ def test_a_published_run_is_entered_in_the_results(run, tmp_path):
     assert all(json.loads(line) for line in (out / "tiny" / "metrics.jsonl").read_text().splitlines())
 
 
+def test_where_the_pictures_lay_is_not_published(run, tmp_path):
+    whole(run)
+    data = {**TINY["data"], "dataset": "cifar10", "root": "/my/place", "image_size": 8}
+    run.config_file.write_text(config.build({**TINY, "data": data}).dump())
+    assert published(run.folder, "--out", tmp_path / "docs").exit_code == 0
+    found = config.load(tmp_path / "docs" / "tiny" / "config.yaml")
+    assert found == config.build({**TINY, "data": {**data, "root": None}})
+
+
 def test_a_published_folder_is_scored_elsewhere_and_stays_as_it_is(run, tmp_path, cli):
     own, out = whole(run), tmp_path / "docs" / "tiny"
     assert published(run.folder, "--weights", "--out", out.parent).exit_code == 0
+    told = []
+    evaluate(Run(out), replace(KNN, context=True), Target(subset=400), told.append)
+    assert "the context encoder's weights are not here: left out" in told
+    shutil.rmtree(Run(out).scored)
     before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
     (out / "evaluation" / "report.json").rename(tmp_path / "kept.json")
     public = evaluate(Run(out), KNN, Target(subset=400), quiet)

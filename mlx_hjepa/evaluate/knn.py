@@ -61,13 +61,13 @@ def knn_accuracy(bank: np.ndarray, bank_labels: np.ndarray, queries: np.ndarray,
     return KnnResult(accuracy, headline, **best)
 
 
-def whitening(bank: np.ndarray, dims: int) -> Callable[[np.ndarray], np.ndarray]:
+def whitening(bank: np.ndarray, dims: int, block: int = 16384) -> Callable[[np.ndarray], np.ndarray]:
     """PCA whitening by the bank's own mean and covariance, without labels: (n, D) -> (n, d), each of unit variance.
 
     d: the directions of largest variance, at most `dims`, and at most a tenth as many as pictures, which could not tell
     more of them from chance. Where a few directions hold most of the variance, plain cosines see those alone.
     """
-    mean, block = bank.mean(axis=0, dtype=np.float64), 16384
+    mean = bank.mean(axis=0, dtype=np.float64)
     covariance = np.zeros((bank.shape[1], bank.shape[1]))
     for start in range(0, len(bank), block):  # no copy of a large bank
         centred = (bank[start:start + block] - mean).astype(np.float32)
