@@ -654,6 +654,9 @@ def test_everything_at_once(run, cli, monkeypatch):
     for word in ("Fine-tuned: ", "The same network from scratch: ", "## k-NN", "## Few-shot episodes",
                  "## k labels a class", "## Feature quality", "LiDAR", "Linear probe on fresh crops"):
         assert word in text
+    verdicts = ("| healthy |", "| weak |", "| collapsed |")
+    judged = [line for line in text.splitlines() if line.endswith(verdicts)]
+    assert [line.split(" | ")[:2] for line in judged] == [["| random", "last"], ["| trained", "last"]]
     for part in ("knn", "levels", "confusion", "spectrum"):
         assert 0 < (run.evaluation / f"report-subset150-{part}.png").stat().st_size < 150_000
     skipped = report["rows"]["raw"]["last"]["few_shot"]["labels"]["skipped"]

@@ -126,6 +126,9 @@ def test_a_resume_takes_the_newest_sound_checkpoint_and_says_what_it_passes_over
     out = capsys.readouterr().out
     assert f"passed over: {damaged}: damaged" in out
     assert "resumed at step 22 of 44" in out
+    assert "nothing left to do" not in out
+    assert train(settings, run, resume=True)
+    assert ", nothing left to do. Score it" in capsys.readouterr().out
     assert [line["step"] for line in lines(run, "train")][-1] == STEPS
 
 
