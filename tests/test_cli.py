@@ -228,9 +228,10 @@ def test_all_can_leave_fine_tuning_out(monkeypatch, tmp_path, tiny_config):
     Run.create(tiny_config())
     asked = []
     monkeypatch.setattr("mlx_hjepa.cli._scored", lambda run, protocols, what, quiet: asked.append(protocols))
+    monkeypatch.setattr("mlx_hjepa.evaluate.features.load", lambda *_: None)  # there are no weights
     monkeypatch.setattr("mlx_hjepa.evaluate.summary.compare", lambda reports: {})
     for epochs in ([], ["--fine-tune-epochs", "0", "0"]):
-        CliRunner().invoke(main, ["eval", "tiny", "--all", *epochs])
+        assert CliRunner().invoke(main, ["eval", "tiny", "--all", *epochs]).exit_code == 0
     assert [(p.fine_tune, p.knn, p.augmented, p.context) for p in asked] == [(True,) * 4, (False, True, True, True)]
 
 
