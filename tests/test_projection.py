@@ -82,7 +82,7 @@ def test_a_guess_is_kept_so_that_nothing_is_measured_twice(monkeypatch):
     config = load(PRESET, ["training.precision=fp32"])
     rows = measured(config, 1e-3, (8, 32), quick=True)
     timing.throughput_file().unlink()
-    measured(load("configs/vit_small_100ep.yaml"), 5e-3)
+    measured(load("configs/vit_tiny_20ep.yaml"), 5e-3)
     monkeypatch.setattr(timing, "measure_here", lambda *_: rows)
     said = []
     first = projection.project(config, None, None, lambda *_: None, say=said.append)
@@ -92,7 +92,7 @@ def test_a_guess_is_kept_so_that_nothing_is_measured_twice(monkeypatch):
     assert first["not_counted"] == ["feature_statistics", "knn_search"]
     document = json.loads(timing.throughput_file().read_text())
     assert sorted((row["model"], row["quick"]) for row in document["rows"]) == [
-        *[("384x12", False)] * 4, *[("384x6", True)] * 2]
+        *[("192x12", False)] * 4, *[("384x6", True)] * 2]
     monkeypatch.setattr(timing, "measure_here", lambda *_: pytest.fail("measured again"))
     assert projection.project(config, None, None, lambda *_: None, say=said.append) == first
     assert len(said) == 1

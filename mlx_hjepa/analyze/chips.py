@@ -62,6 +62,7 @@ LAUNCH = (3e-6, 5e-6, 10e-6)  # seconds a kernel, an assumed range; a plain one 
 FIRST_STEP = 30.0  # seconds, compilation included: a guess
 LAUNCHES = (148, 63, 53)  # kernels of a step: fixed, an encoder block, a predictor block (benchmarks/throughput.py)
 SIGREG = (35, 5)  # those of training.sigreg: fixed, a level's depth (4 in fp32, 6 in bf16)
+JITTER = 28  # those of augment.jitter
 
 
 class Figure(NamedTuple):
@@ -181,6 +182,7 @@ def kernels(config: Config) -> int:
     """About how many kernels a step launches."""
     fixed, encoder, predictor = LAUNCHES
     pull = SIGREG[0] + SIGREG[1] * len({level.depth for level in config.model.levels}) if config.training.sigreg else 0
+    fixed += JITTER if config.augment.jitter else 0
     return fixed + encoder * (config.model.depth or 0) + predictor * config.predictor.depth + pull
 
 
