@@ -194,6 +194,7 @@ def main(rows: str, models: str | None, configs: tuple[str, ...], batches: str |
                     document["rows"].append(r)
                     console.print(f"{name} {r['batch']}, {r['torch_mode']}: {r['mlx_it_s']:.3g} over "
                                   f"{r['torch_it_s']:.3g} it/s = {r['ratio']:.2f}")
+                    save()
             except (Failed, RuntimeError, MemoryError) as error:
                 if not isinstance(error, Failed) and not out_of_memory(error):
                     raise
