@@ -46,6 +46,15 @@ def friendly(command: Callable) -> Callable:
     return wrapped
 
 
+def _show(error: click.UsageError, _: Any = None) -> None:
+    """Click prints four lines."""
+    see = f"\nSee: {error.ctx.command_path} --help" if error.ctx else ""
+    click.echo(f"error: {error.format_message()}{see}", err=True)
+
+
+click.UsageError.show = _show  # type: ignore[method-assign]
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(__version__)
 def main() -> None:

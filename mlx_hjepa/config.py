@@ -119,8 +119,7 @@ class Model(Section):
             named = dict(zip(("dim", "depth"), SIZES[values["size"]], strict=True))
             for key, value in named.items():
                 if values.get(key) not in (None, value):
-                    raise ValueError(f"size {values['size']} has {key} {value}, not {values[key]}; "
-                                     f"give either, the other as null")
+                    raise ValueError(f"size {values['size']} has {key} {value}, not {values[key]}; set one to null")
             return {**values, **named}
         return values
 
@@ -133,8 +132,7 @@ class Model(Section):
         if not depths:
             raise ValueError("levels needs at least one depth")
         if max(depths) != self.depth:
-            raise ValueError(f"levels: the deepest is {max(depths)}, the encoder has {self.depth} blocks; "
-                             "they must agree")
+            raise ValueError(f"levels: the deepest, {max(depths)}, must be the encoder's depth, {self.depth}")
         if sorted(depths) != depths:
             raise ValueError(f"levels must be in order of depth; found {depths}")
         pairs = [(level.depth, level.pool) for level in self.levels]
@@ -313,7 +311,9 @@ def load(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Confi
     try:
         values = parse_yaml(path.read_text())
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file. The presets are in configs/; `ls configs` lists them") from None
+        near = difflib.get_close_matches(path.stem, [f.stem for f in Path("configs").glob("*.yaml")], 1)
+        hint = f"Did you mean configs/{near[0]}.yaml?" if near else "`ls configs` lists the presets"
+        raise ConfigError(f"{path}: no such file. {hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from None
     except yaml.YAMLError as error:

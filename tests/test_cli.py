@@ -84,8 +84,9 @@ def test_a_word_that_is_no_command_or_option(cli):
                   ["data", "--dataset", "cifar11"], ["eval", "--subset", "3"]):
         result = cli(*words)
         assert result.exit_code == 2
-        assert "Error: " in result.stderr
-        assert "Traceback" not in result.stderr
+        assert result.stderr.startswith("error: ")
+        assert result.stderr.splitlines()[1].startswith("See: main ")
+        assert len(result.stderr.splitlines()) == 2
 
 
 @pytest.mark.parametrize(("words", "message"), [

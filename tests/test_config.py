@@ -148,8 +148,8 @@ def test_a_run_is_named_by_a_plain_word():
     ({"model__patch": 32}, "data.image_size 16 is no multiple of model.patch 32"),
     ({"masking__target_tokens": 11}, "target_tokens 11 + context_tokens 6 is more than the grid's 16 tokens"),
     ({"masking__overhang": 1}, "masking.overhang needs masking.select: blocks"),
-    ({"model__levels": [1]}, "levels: the deepest is 1, the encoder has 2 blocks"),
-    ({"model__levels": [1, 3]}, "levels: the deepest is 3, the encoder has 2 blocks"),
+    ({"model__levels": [1]}, "levels: the deepest, 1, must be the encoder's depth, 2"),
+    ({"model__levels": [1, 3]}, "levels: the deepest, 3, must be the encoder's depth, 2"),
     ({"model__levels": [2, 1]}, "levels must be in order of depth; found [2, 1]"),
     ({"model__levels": []}, "levels needs at least one depth"),
     ({"model__levels": [{"depth": 2, "pool": 5}]}, "pool 5 is larger than the grid of 4 x 4 patches"),
@@ -244,9 +244,12 @@ def test_a_file_that_is_no_configuration(write, text, message):
     assert len(str(error.value).splitlines()) <= 2
 
 
-def test_a_file_that_cannot_be_read(tmp_path):
+def test_a_file_that_cannot_be_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[1])
     with pytest.raises(ConfigError, match=r"no such file.*configs"):
         load(tmp_path / "none.yaml")
+    with pytest.raises(ConfigError, match=r"no such file. Did you mean configs/vit_wide_lunch.yaml\?"):
+        load("vit_wide_lunhc")
     with pytest.raises(ConfigError, match="cannot be read"):
         load(tmp_path)
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00")
@@ -281,7 +284,7 @@ def test_overrides(write):
     ("model.levels.0=3", "levels is no section"), ("training.lr.x=1", "training.lr"),
     ("training.lrr=1", "did you mean training.lr?"), ("training.=1", "unknown key training."),
     ("training.lr=", "training.lr"), ("training.lr=quick", "training.lr"), ("nothing.here=1", "unknown key nothing"),
-    ("model.levels=[1, 2]", "the deepest is 2, the encoder has 12 blocks"), ("training=3", "training"),
+    ("model.levels=[1, 2]", "the deepest, 2, must be the encoder's depth, 12"), ("training=3", "training"),
 ])
 def test_a_bad_override(write, item, message):
     file = write("seed: 1\n" + MODEL)

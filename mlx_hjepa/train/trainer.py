@@ -215,6 +215,8 @@ class Trainer:
 
     def _check_health(self, step: int) -> None:
         self._warn_of_battery()
+        if not step:
+            self.log.line(f"before the first step: features of {len(self.validation):,} held-out pictures ...")
         chosen = order(self.config.data.split_seed, 0, len(self.data.train))[:HEALTH_PICTURES]
         images = mx.array(self.data.train.read(np.asarray(chosen)))
         values = self.step.health(self.state, images, key_of(self.config.seed, HEALTH_STEP))
