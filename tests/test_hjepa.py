@@ -92,7 +92,7 @@ def test_two_levels_of_one_depth_share_the_predictors_source(tiny_config):
 def test_the_predictor_is_told_where_each_token_it_sees_comes_from(tiny_config):
     model, encoder, predictor = model_of(tiny_config())
     patches, seen, wanted = masked(model, 4, mx.random.key(6))
-    context = model.encoder(encoder, gather(patches, seen), seen)
+    context = model.context(encoder, patches, seen, None)
     told = model.predictor(predictor, context, seen, wanted)
     turned = mx.array(np.roll(np.array(seen), 1, axis=1))  # the same places, each said of another token
     moved = mx.abs(model.predictor(predictor, context, turned, wanted) - told).max().item()
@@ -158,7 +158,7 @@ def test_keys_differ_between_seeds_and_steps():
 
 
 def features(z):
-    return [mx.array(z[:, None].astype(np.float32))]
+    return [layer_norm(mx.array(z[:, None].astype(np.float32)))]
 
 
 def test_sigreg_knows_an_isotropic_gaussian_whatever_its_place_and_size():
@@ -173,9 +173,9 @@ def test_sigreg_knows_an_isotropic_gaussian_whatever_its_place_and_size():
 
 def test_sigreg_pulls_features_apart():
     z = mx.array((np.random.default_rng(0).normal(size=(256, 16)) * np.linspace(1, 0.1, 16)).astype(np.float32))
-    slope = mx.grad(lambda z, key: sigreg([z[:, None]], key))
-    before = float(sigreg([z[:, None]], key_of(0, 2)))
+    slope = mx.grad(lambda z, key: sigreg([layer_norm(z[:, None])], key))
+    before = float(sigreg([layer_norm(z[:, None])], key_of(0, 2)))
     for i in range(150):
         z = z - 256 * slope(z, key_of(1, i))
         mx.eval(z)
-    assert float(sigreg([z[:, None]], key_of(0, 2))) < before / 2
+    assert float(sigreg([layer_norm(z[:, None])], key_of(0, 2))) < before / 2

@@ -107,9 +107,9 @@ class HJEPA:
         return self.predictor(predictor, self.context(encoder, patches, seen, key), seen, wanted)
 
     def context(self, encoder: Weights, patches: mx.array, seen: mx.array, key: mx.array | None) -> list[mx.array]:
-        """The context encoder's outputs at the levels' depths, each (B * M, kc, D)."""
+        """The context encoder's outputs at the levels' depths, LayerNorm-ed without affine, each (B * M, kc, D)."""
         visible = gather(patches, seen.reshape(patches.shape[0], -1)).reshape(*seen.shape, -1)
-        return self.encoder(encoder, visible, seen, key)
+        return [layer_norm(h) for h in self.encoder(encoder, visible, seen, key)]
 
 
 def sigreg(context: list[mx.array], key: mx.array) -> mx.array:
@@ -117,10 +117,10 @@ def sigreg(context: list[mx.array], key: mx.array) -> mx.array:
     2025, arXiv 2511.08544), the Epps-Pulley statistic of SLICES random one-dimensional projections. fp32 scalar.
     Unlike there it is not multiplied by the n features, so that its weight does not grow with batch and masks.
 
-    context: each depth's (n, kc, D). A feature is the mean over tokens of the LayerNorm-ed output, here centred and
-    scaled to unit mean variance, so that its shape counts and not its size.
+    context: each depth's LayerNorm-ed (n, kc, D). A feature is the mean over its tokens, here centred and scaled to
+    unit mean variance, so that its shape counts and not its size.
     """
-    z = mx.stack([layer_norm(h).astype(mx.float32).mean(axis=1) for h in context])
+    z = mx.stack([h.astype(mx.float32).mean(axis=1) for h in context])
     z = z - z.mean(axis=1, keepdims=True)
     z = z * mx.rsqrt(mx.square(z).mean(axis=(1, 2), keepdims=True) + 1e-8)
     directions = mx.random.normal((z.shape[-1], SLICES), key=key)

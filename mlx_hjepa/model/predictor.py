@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from mlx_hjepa.config import Config
-from mlx_hjepa.model.vit import EPS, Weights, block, block_weights, layer_norm, linear_weights, norm_weights, positions
+from mlx_hjepa.model.vit import EPS, Weights, block, block_weights, linear_weights, norm_weights, positions
 
 
 class Predictor:
@@ -36,13 +36,13 @@ class Predictor:
         return w
 
     def __call__(self, w: Weights, context: list[mx.array], seen: mx.array, wanted: mx.array) -> mx.array:
-        """context: the encoder's outputs, each (B, kc, D); seen (B, kc), wanted (B, kt): places in the grid.
+        """context: the encoder's LayerNorm-ed outputs, each (B, kc, D); seen (B, kc), wanted (B, kt): places in the grid.
 
         Returns the predictions, (B, kt, levels, D).
         """
         b, kc, kt = *seen.shape, wanted.shape[1]
         place = mx.array(self.positions).astype(w["mask_token"].dtype)
-        rows = [layer_norm(h).reshape(b * kc, -1) for h in context]  # a 3-D sum would make addmm a batched product
+        rows = [h.reshape(b * kc, -1) for h in context]  # a 3-D sum would make addmm a batched product
         x = mx.addmm(w["embed.0.bias"], rows[0], w["embed.0.weight"])
         for i in range(1, self.sources):
             x = mx.addmm(x, rows[i], w[f"embed.{i}.weight"])
