@@ -52,7 +52,7 @@ def _show(error: click.UsageError, _: Any = None) -> None:
     click.echo(f"error: {error.format_message()}{see}", err=True)
 
 
-click.UsageError.show = _show  # type: ignore[method-assign]
+setattr(click.UsageError, "show", _show)  # noqa: B010
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})

@@ -572,7 +572,7 @@ def test_a_going_run_whose_knn_has_not_risen_yet_is_left_alone(tmp_path):
     ("finished", None)])
 @pytest.mark.parametrize(("sets", "changes", "why"), [
     ([], {"augment.crop": "pad", "augment.jitter": 1.0},
-     "with small shifts and strong colours the k-NN rose to the end of 100 epochs, with crops for 20"),
+     "with shifts and strong colours the k-NN rose to the end of 100 epochs, with crops for 20"),
     (["augment.crop=pad", "augment.jitter=1"], {"training.epochs": 5}, "it was best after 5 epochs"),
     (["augment.crop=pad", "augment.jitter=1", "training.warmup_epochs=6"],
      {"training.epochs": 5, "training.warmup_epochs": 2.5}, "it was best after 5 epochs")])

@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_hjepa.model.hjepa import HJEPA, baseline, gather, key_of, sigreg, smooth_l1
+from mlx_hjepa.model.hjepa import HJEPA, baseline, key_of, sigreg, smooth_l1
 from mlx_hjepa.model.vit import layer_norm
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)

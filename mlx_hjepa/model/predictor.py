@@ -36,7 +36,7 @@ class Predictor:
         return w
 
     def __call__(self, w: Weights, context: list[mx.array], seen: mx.array, wanted: mx.array) -> mx.array:
-        """context: the encoder's LayerNorm-ed outputs, each (B, kc, D); seen (B, kc), wanted (B, kt): places in the grid.
+        """context: the encoder's LayerNorm-ed outputs, each (B, kc, D); seen (B, kc), wanted (B, kt): places.
 
         Returns the predictions, (B, kt, levels, D).
         """
