@@ -1,3 +1,6 @@
+import shutil
+from pathlib import Path
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -74,5 +77,8 @@ def test_every_picture_is_drawn(run):
 def test_the_command_names_what_it_wrote(run, tmp_path):
     result = CliRunner().invoke(main, ["plot", str(run.folder)])
     assert (result.exit_code, str(run.folder / "plots" / "predictions.png") in result.stdout) == (0, True)
+    shutil.copytree(run.folder, tmp_path / "bare", ignore=shutil.ignore_patterns("checkpoints", "plots"))
+    bare = CliRunner().invoke(main, ["plot", str(tmp_path / "bare")])
+    assert (bare.exit_code, [Path(line).name for line in bare.stdout.splitlines()[1:]]) == (0, ["curves.png"])
     missing = CliRunner().invoke(main, ["plot", str(tmp_path / "none")])
     assert (missing.exit_code, "none" in missing.stderr) == (2, True)

@@ -29,16 +29,20 @@ def draw(run: Run, checkpoint: str = "latest", data: Data | None = None,
          say: Callable[[str], None] = print) -> list[Path]:
     """Write curves, masks, predictions, attention and embedding as PNG under the run's `plots`. Returns the files.
 
-    Pictures are the test split's where there is one. Predictions need a predictor, which published weights lack.
-    Raises UserError as `features.load` and `load_dataset` do.
+    Pictures are the test split's where there is one. Predictions need a predictor, which published weights lack; a run
+    whose weights are not here has curves only. Raises UserError as `features.load` and `load_dataset` do.
     """
+    folder = run.scored.parent / "plots"
+    folder.mkdir(parents=True, exist_ok=True)
+    training_curves(run, folder / "curves.png")
+    if not (run.published_weights or run.checkpoints.is_dir()):
+        say("its weights are not here: the curves alone")
+        return [folder / "curves.png"]
     frozen = load(run.folder, checkpoint=checkpoint)
     dataset = load_dataset(data or run.config.data, say=say)
     pictures = dataset.test or dataset.train
     shown, bank = (pictures.read(np.arange(min(len(pictures), n))) for n in (SHOWN, BANK))
-    model, folder = HJEPA(run.config, frozen.mean, frozen.std), run.scored.parent / "plots"
-    folder.mkdir(parents=True, exist_ok=True)
-    training_curves(run, folder / "curves.png")
+    model = HJEPA(run.config, frozen.mean, frozen.std)
     files = [folder / "curves.png", masks(model, shown, folder / "masks.png"),
              attention(frozen, shown, folder / "attention.png")]
     if run.published_weights:
