@@ -40,9 +40,9 @@ setup-dev: .venv/.ready-dev
 	@$(BIN)/python -m pip install -q -e '.[$(BACKEND),dev]'
 	@touch $@
 
+demo: SHORTER = $(if $(SHORT), --set name=digits_short --set training.epochs=2 --set training.warmup_epochs=0.5)
 demo: setup
-	$(if $(SHORT),cd "$$(mktemp -d)" &&) "$(CURDIR)/$(BIN)/mlx-hjepa" train "$(CURDIR)/configs/digits_demo.yaml" \
-		$(if $(SHORT),--set name=digits_short --set training.epochs=2 --set training.warmup_epochs=0.5) && \
+	$(if $(SHORT),cd "$$(mktemp -d)" && )"$(CURDIR)/$(BIN)/mlx-hjepa" train "$(CURDIR)/configs/digits_demo.yaml"$(SHORTER) && \
 		"$(CURDIR)/$(BIN)/mlx-hjepa" eval --knn --linear
 
 lint: setup-dev

@@ -352,7 +352,7 @@ def doctor(as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"device": device, "findings": [f._asdict() for f in found]}))
     else:
-        _print(device, False)
+        _print(device | {"memory": f"{device['memory'] / 1e9:.0f} GB"} if device else {}, False)
         for finding in found:
             click.echo(f"{finding.level:>5}  {finding.what}" + (f"\n       {finding.advice}" if finding.advice else ""))
     if any(f.level == "error" for f in found):

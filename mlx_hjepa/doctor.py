@@ -130,7 +130,7 @@ def _check_disk() -> list[Finding]:
 
 
 def _check_data_cache() -> list[Finding]:
-    from mlx_hjepa.data.cifar import cache_problems
+    from mlx_hjepa.data.cifar import ARCHIVES, cache_problems
 
     findings = []
     if backend.cache_folder().is_file():
@@ -138,4 +138,6 @@ def _check_data_cache() -> list[Finding]:
     for problem in cache_problems(backend.cache_folder()):
         what, _, advice = problem.replace("\n", " ").rpartition(". ")
         findings.append(Finding("warn", what or advice, advice if what else "delete its folder and run again"))
-    return findings or [Finding("ok", f"data cache {backend.cache_folder()}")]
+    cache = backend.cache_folder()
+    held = [name for name, a in ARCHIVES.items() if (cache / a.file).exists() or (cache / a.folder).exists()]
+    return findings or [Finding("ok", f"data cache {cache}: {' and '.join(held) or 'no CIFAR in it yet'}")]

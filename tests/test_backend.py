@@ -246,6 +246,15 @@ def test_doctor_finds_a_damaged_archive(monkeypatch, sound, tmp_path):
         assert (f"{archive.file}: SHA-256" in faults(monkeypatch, {"cifar10": archive})) is damaged
 
 
+def test_doctor_says_what_the_cache_holds(monkeypatch, sound, tmp_path):
+    archive = ARCHIVES["cifar10"]
+    monkeypatch.setattr("mlx_hjepa.data.cifar.cache_problems", lambda cache: [])
+    for make, held in ((None, "no CIFAR in it yet"), ((tmp_path / archive.file).touch, "cifar10")):
+        if make:
+            make()
+        assert f"data cache {tmp_path}: {held}" in [f.what for f in doctor.findings(measure=False)]
+
+
 def test_doctor_finds_a_cache_that_is_a_file(monkeypatch, sound, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("MLX_HJEPA_CACHE", str(tmp_path / "file"))

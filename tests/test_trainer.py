@@ -186,6 +186,12 @@ def test_what_slows_a_run_is_said_at_its_start_or_when_it_happens(config, monkey
     assert "slower than at the start" in text
 
 
+def test_an_epoch_of_few_steps_is_said_at_the_start(config, monkeypatch):
+    for few, said in ((1000, True), (1, False)):
+        monkeypatch.setattr(trainer, "FEW_STEPS", few)
+        assert ("a smaller training.batch suits so few" in finished(config()).log_file.read_text()) is said
+
+
 def test_an_interrupted_run_prints_the_command_that_goes_on(config, monkeypatch, capsys):
     settings = config()
     run = Run.create(settings)

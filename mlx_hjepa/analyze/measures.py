@@ -141,7 +141,7 @@ def criteria(h: History) -> list[Criterion]:
     collapsed = any(fault.name == "collapse" for fault in faults(h))
     return [
         Criterion("speed", f">= {ENOUGH_IT_S} it/s" if same else
-                  f"none: the note's {ENOUGH_IT_S} it/s is for ViT-Tiny at 224 px, batch 32", found,
+                  f"none: the design note's {ENOUGH_IT_S} it/s is for ViT-Tiny at 224 px, batch 32", found,
                   rate >= ENOUGH_IT_S if same and rate is not None else None),
         Criterion(f"{h.measure} down", f">= {100 * ENOUGH_FALL:.0f} % from its mean over the first {FIRST_STEPS} steps",
                   f"{change[0]:.4g} to {change[1]:.4g}, {100 * (1 - change[1] / change[0]):.0f} %" if change

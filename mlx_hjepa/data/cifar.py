@@ -184,7 +184,7 @@ def _download(archive: Archive, file: Path, say: Say) -> None:
                 continue  # it got further: ask for the rest
             raise UserError(f"cannot download {archive.url} ({getattr(error, 'reason', None) or error}).\n"
                             f"Fetch {archive.file} elsewhere and put it into {file.parent}/, "
-                            "or set data.root to its unpacked folder") from None
+                            "or name its unpacked folder: data.root (train), --root (others)") from None
     found = digest(part)
     if found != archive.sha256:
         part.unlink()

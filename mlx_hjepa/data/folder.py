@@ -144,7 +144,7 @@ def load(data: config.Data, cache: Path, say: Say) -> Dataset:
     """Find and check the pictures under data.root. The name is always "folder"; the fingerprint is over the index."""
     root = Path(data.root or "").expanduser().resolve()
     if not root.is_dir():
-        raise UserError(f"{root}: no such folder. Point data.root at the folder of pictures")
+        raise UserError(f"{root}: no such folder. Point data.root, or --root, at the folder of pictures")
     paths = _find(root, say)
     index = cache / "folders" / f"{hashlib.sha256(os.fsencode(root)).hexdigest()[:16]}.json"
     saved = _saved(index)
@@ -220,7 +220,8 @@ def _refuse_corrupt(corrupt: list[Entry], data: config.Data, say: Say) -> tuple[
     if names and data.on_corrupt == "error":
         named = _list("corrupt picture", [f"{entry.path} ({entry.verdict})" for entry in corrupt])
         every = " (mlx-hjepa data --on-corrupt skip lists them all)" if len(names) > SHOWN else ""
-        raise UserError(f"{data.root}: {named}.\nRemove them, or leave them out with data.on_corrupt: skip{every}")
+        raise UserError(f"{data.root}: {named}.\n"
+                        f"Remove them, or leave them out: data.on_corrupt: skip, or data --on-corrupt skip{every}")
     if names:
         say(f"left out {_list('corrupt picture', names)}")
     return names

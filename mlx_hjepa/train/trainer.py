@@ -31,6 +31,7 @@ from mlx_hjepa.train.watchdog import Watchdog
 
 MAY_DIFFER = ("logging", "checkpoints")  # the sections that a resumed run may change
 HEALTH_PICTURES, FEWEST_PICTURES = 512, 20
+FEW_STEPS = 10  # an epoch, below which a smaller batch is advised
 TEMPORARY_FAILURE = 75  # sysexits.h
 
 
@@ -177,6 +178,10 @@ class Trainer:
             self.log.line(f"resumed at step {start:,} of {self.schedule.total:,}")
         if slow := backend.slow_heads(c.model.head_dim):
             self.log.line(f"note: {slow}")
+        if self.epoch_steps < FEW_STEPS:
+            steps = "1 step" if self.epoch_steps == 1 else f"{self.epoch_steps} steps"
+            self.log.line(f"note: an epoch has {steps}, and pictures that fill no batch are left out of it: "
+                          "a smaller training.batch suits so few")
         self._warn_of_battery()
         self.log.record("resume" if start else "start", start, total=self.schedule.total, epoch_steps=self.epoch_steps,
                         batch=c.training.batch, precision=self.precision, device=device["name"])
