@@ -587,7 +587,8 @@ def test_progress_is_for_a_terminal(run, cli, tmp_path, monkeypatch):
         assert word in "".join(result.stderr for result in drawn), word
     said = "".join(result.stderr for result in plain).splitlines()
     assert said == [NOTE, "features ...", "k-NN ...", "linear probe ...", "few-shot ...", "feature quality ...",
-                    "linear probe on fresh crops ...", "fine-tuning ...", "the same network from scratch ..."]
+                    "linear probe on fresh crops ...", "fine-tuning ...", "the same network from scratch ...",
+                    "3 pictures, 64 numbers each; arrays features, names, level, run"]
 
 
 def test_features_and_weights_leave_by_the_commands(run, cli, tmp_path):
