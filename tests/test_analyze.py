@@ -509,6 +509,15 @@ def test_a_run_without_labels_is_to_be_used_and_not_scored(tmp_path, facts, pict
     assert analyze(Run(of_epochs(folder, EPOCH // 5)))["recommendation"]["command"] == use.split(": ")[1]
 
 
+def test_a_run_that_is_scored_already_is_to_be_used(tmp_path):
+    folder = of_epochs(made(tmp_path / "run", preset=preset_file("vit_small_100ep")), EPOCH // 5)
+    (folder / "evaluation").mkdir()
+    (folder / "evaluation" / "report.md").touch()
+    advice = analyze(Run(folder))["recommendation"]
+    assert advice["command"] == f"mlx-hjepa embed {folder} FOLDER --out features.npz"
+    assert f"its scores are in {folder}/evaluation/report.md" in advice["why"]
+
+
 @pytest.mark.parametrize(("course", "end", "why"), [
     ({}, True, "it learns, and nothing is wrong"), ({"steps": 2000}, True, "saved at step 2,000 of 3,900; where its"),
     ({"steps": 2000}, False, "nothing written any more at step 2,000"), (FAULTS["collapse"], True, "collapse: lower"),

@@ -62,7 +62,7 @@ def recommend(h: History, where: Path, found: list[Fault], judged: list[Criterio
             stop = "stop this run (Ctrl-C saves it)" if state == "running" else f"{_ended(h, state)}; do not resume it"
             why = [f"{stop}: it will not mend itself", *why]
         if fault.name == "decline" and base is not None:
-            why.append(f"{_use(h, where)} --checkpoint best scores this run at its best")
+            why.append(f"{_score(where)} --checkpoint best scores this run at its best")
         return Recommendation(train(own, changes), [*why, *unknown, *beside])
     met = ("not met: " + ", ".join(sorted(failed)) if failed else "too early to judge" if judged[1].passed is None
            else "")
@@ -84,7 +84,7 @@ def recommend(h: History, where: Path, found: list[Fault], judged: list[Criterio
         changes = {key: value for key, value in _carried(h.config, file).items() if key != "data.image_size"}
         why = ["under 2.5 it/s: at 32 px and patch 4 there are 64 tokens instead of 196, for the same pictures"]
     if file is None and h.config is not None:
-        return Recommendation(_use(h, where), [*why, *beside])
+        return Recommendation(_use(h, where)[0], [*why, *beside])
     if file is None and h.pytorch:
         why.append("this is its setting here")
     return Recommendation(train(file or own, changes), [*why, *beside])
@@ -102,10 +102,17 @@ def _setting(h: History, where: Path) -> tuple[Path, Config | None, list[str]]:
     return where / "config.yaml", h.config, []
 
 
-def _use(h: History, where: Path) -> str:
-    """The command that a finished run is for, the one its training names at its end."""
-    run = shlex.quote(str(where))
-    return f"mlx-hjepa eval {run} --knn --linear" if h.labelled else f"mlx-hjepa embed {run} FOLDER --out features.npz"
+def _score(where: Path) -> str:
+    return f"mlx-hjepa eval {shlex.quote(str(where))} --knn --linear"
+
+
+def _use(h: History, where: Path) -> tuple[str, str]:
+    """The command that a finished run is for, and what to say of it."""
+    report = where / "evaluation" / "report.md"
+    if h.labelled and not report.is_file():
+        return _score(where), f"score this run: {_score(where)}"
+    command = f"mlx-hjepa embed {shlex.quote(str(where))} FOLDER --out features.npz"
+    return command, f"its scores are in {report}" if h.labelled else f"use this run: {command}"
 
 
 def _ended(h: History, state: str) -> str:
@@ -211,7 +218,7 @@ def _next(h: History, where: Path, times: Times | None) -> tuple[Path | None, di
     """The next rung: file, keys to set, why. No file: the ladder ends here, use the run."""
     epochs = round((h.total or 0) / (h.epoch_steps or 1))
     name = COMPAT.get(epochs, COMPAT[5]) if h.pytorch else h.config.name if h.config else ""
-    why = [f"{'score' if h.labelled else 'use'} this run: {_use(h, where)}"] if h.config else []
+    why = [_use(h, where)[1]] if h.config else []
     own, preset = times_of(h), h.config and _preset_of(h.config)
     if name in NEXT and no_rise(h) is None and not (
             h.config and preset and preset.data.dataset != h.config.data.dataset):
