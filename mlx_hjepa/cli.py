@@ -336,6 +336,8 @@ def data(dataset: str, root: str | None, on_corrupt: str, as_json: bool) -> None
 
     settings = section(Data, "data", {"dataset": dataset, "root": root, "on_corrupt": on_corrupt})
     facts = describe(load_dataset(settings, say=lambda text: click.echo(text, err=True)))
+    if not as_json:
+        del facts["note"]  # said already
     _print(facts, as_json)
 
 
