@@ -6,7 +6,7 @@ of it where launches hide behind the device's work (timing.Fit). Prints tables a
 results/throughput/<machine>.json, from which `mlx-hjepa project` tells how long a run takes. Running out of memory ends
 a model's row of batches; Ctrl-C keeps what is done.
 
-The default models on a GPU are those of the presets for 32 px, without SIGReg. Those for 224 px, and any other
+Among the default models on a GPU are those of the presets for 32 px, without SIGReg. Those for 224 px, and any other
 configuration, are measured with --add --configs configs/compat/m1_max_quick_val.yaml, at a quarter, half and all of
 their batch.
 """

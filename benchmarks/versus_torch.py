@@ -200,7 +200,6 @@ def main(rows: str, models: str | None, configs: tuple[str, ...], batches: str |
                     raise
                 document["failed"].append({"row": f"{name} {sized.training.batch}", "why": str(error)})
                 console.print(f"{name} {sized.training.batch}: {error}", markup=False)
-            save()
     except KeyboardInterrupt:
         console.print("stopped; what was done is kept")
     save()

@@ -897,6 +897,8 @@ def test_a_published_folder_is_scored_elsewhere_and_stays_as_it_is(run, tmp_path
     (out / "evaluation" / "report.json").rename(tmp_path / "kept.json")
     public = evaluate(Run(out), KNN, Target(subset=400), quiet)
     assert "checkpoint" not in public  # nothing to know it by
+    assert [public[key] for key in ("step", "pictures_seen")] == [own[key] for key in ("step", "pictures_seen")]
+    assert public["train_seconds"] == pytest.approx(own["train_seconds"], abs=1)
     (tmp_path / "kept.json").rename(out / "evaluation" / "report.json")
     result = cli("eval", out, "--knn", "--subset", 400)
     assert result.exit_code == 0, result.output

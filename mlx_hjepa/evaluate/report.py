@@ -172,7 +172,7 @@ def _about(run: Run, what: Target, checkpoint: Path | None) -> Report:
              "command": shlex.join(["mlx-hjepa", *sys.argv[1:]])}
     if checkpoint is None:
         file = run.evaluation / "report.json"
-        known = read_report(file) if file.exists() else {}
+        known = read_report(file) if file.exists() else _ended(run)
         return about | {"weights": " ".join(map(digest, run.published_weights))} | {
             key: known[key] for key in CARRIED if key in known}
     state = read_json(checkpoint / "state.json")
@@ -183,6 +183,14 @@ def _about(run: Run, what: Target, checkpoint: Path | None) -> Report:
                         "weights": state["digests"][weights_file(what.encoder)]}
     except KeyError as key:
         raise UserError(f"{checkpoint / 'state.json'}: without {key}, so written by other code") from None
+
+
+def _ended(run: Run) -> dict[str, Any]:
+    """What the metrics say of a run's end; nothing where it did not come to one."""
+    lines = run.metrics_file.read_text().splitlines() if run.metrics_file.exists() else []
+    ends = [line for line in map(json.loads, lines) if line["kind"] == "end"]
+    return {"step": ends[-1]["step"], "train_seconds": round(ends[-1]["seconds"], 1),
+            "pictures_seen": ends[-1]["pictures_seen"]} if ends else {}
 
 
 def _recipe(config: Config) -> str:

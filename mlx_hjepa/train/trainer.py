@@ -179,8 +179,7 @@ class Trainer:
         if slow := backend.slow_heads(c.model.head_dim):
             self.log.line(f"note: {slow}")
         if self.epoch_steps < FEW_STEPS:
-            steps = "1 step" if self.epoch_steps == 1 else f"{self.epoch_steps} steps"
-            self.log.line(f"note: an epoch has {steps}, and pictures that fill no batch are left out of it: "
+            self.log.line(f"note: steps an epoch: {self.epoch_steps}, and pictures that fill no batch are left out: "
                           "a smaller training.batch suits so few")
         self._warn_of_battery()
         self.log.record("resume" if start else "start", start, total=self.schedule.total, epoch_steps=self.epoch_steps,
