@@ -175,6 +175,7 @@ def test_data_for_people(cli):
     assert result.exit_code == 0
     facts = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
     assert (facts["name"], facts["train"], facts["picture"]) == ("digits", "1437", "8, 8, 3")
+    assert result.output.count("raw pixels win") == 1, "the note is said once"
 
 
 def test_doctor_as_json(cli, monkeypatch):

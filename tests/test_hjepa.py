@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_hjepa.model.hjepa import HJEPA, baseline, key_of, sigreg, smooth_l1
+from mlx_hjepa.model.hjepa import HJEPA, baseline, gather, key_of, sigreg, smooth_l1
 from mlx_hjepa.model.vit import layer_norm
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -93,6 +93,8 @@ def test_the_predictor_is_told_where_each_token_it_sees_comes_from(tiny_config):
     model, encoder, predictor = model_of(tiny_config())
     patches, seen, wanted = masked(model, 4, mx.random.key(6))
     context = model.context(encoder, patches, seen, None)
+    plain = model.encoder(encoder, gather(patches, seen), seen)
+    assert all(mx.array_equal(normed, layer_norm(h)) for normed, h in zip(context, plain, strict=True))
     told = model.predictor(predictor, context, seen, wanted)
     turned = mx.array(np.roll(np.array(seen), 1, axis=1))  # the same places, each said of another token
     moved = mx.abs(model.predictor(predictor, context, turned, wanted) - told).max().item()

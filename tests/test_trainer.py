@@ -184,6 +184,7 @@ def test_what_slows_a_run_is_said_at_its_start_or_when_it_happens(config, monkey
     assert "running on battery" in text
     assert "model.head_dim 16 is slow" in text
     assert "slower than at the start" in text
+    assert text.count("before the first step: features of 143 held-out pictures ...") == 1
 
 
 def test_an_epoch_of_few_steps_is_said_at_the_start(config, monkeypatch):
