@@ -8,7 +8,7 @@ from mlx_hjepa.config import Data, Training
 from mlx_hjepa.data import Dataset, Pictures, load_dataset
 from mlx_hjepa.evaluate import fine_tune as module
 from mlx_hjepa.evaluate.features import FrozenEncoder
-from mlx_hjepa.evaluate.fine_tune import Tuning, fine_tune, smoothed_cross_entropy
+from mlx_hjepa.evaluate.fine_tune import Tuning, fine_tune, mixing, smoothed_cross_entropy
 from mlx_hjepa.evaluate.subject import splits
 from mlx_hjepa.model.vit import Encoder
 from mlx_hjepa.run import UserError
@@ -65,9 +65,11 @@ def test_the_gradient_reaches_every_weight(encoder, digits):
 
 def test_the_step_goes_down_the_loss_of_its_batch(encoder, digits, monkeypatch):
     monkeypatch.setattr(module, "DROP_PATH", 0.0)
+    monkeypatch.setattr(module, "mixing", lambda batch, size, key: mx.ones((batch, 1, 1, 1)))
     learning, images, labels = tuning(encoder), mx.array(digits.train.images[:16]), mx.array(digits.train.labels[:16])
     monkeypatch.setattr(learning, "augment", learning.augment.model_copy(update={"crop": "none", "jitter": 0.0}))
-    expected = smoothed_cross_entropy(mx.array(learning.scores(digits.train, np.arange(16))), labels).item()
+    scores = mx.array(learning.scores(digits.train, np.arange(16)))
+    expected = smoothed_cross_entropy(scores, labels[None], mx.ones((1, 16))).item()
     losses = [learning.update(images, labels).item() for _ in range(4)]
     assert losses[0] == pytest.approx(expected, rel=1e-5)  # what is trained is what is scored
     assert losses == sorted(losses, reverse=True)
@@ -110,11 +112,40 @@ def test_scratch_forgets_the_encoder(encoder):
 
 
 def test_smoothed_cross_entropy():
-    logits, labels = np.random.default_rng(0).standard_normal((6, 4)), np.array([0, 3, 1, 1, 2, 0])
+    rng = np.random.default_rng(0)
+    logits, share = rng.standard_normal((6, 4)), rng.random(6)
+    labels = np.array([[0, 3, 1, 1, 2, 0], [1, 3, 0, 2, 2, 1]])
     log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
-    expected = -np.mean(0.9 * log_p[np.arange(6), labels] + 0.1 * log_p.mean(axis=1))
-    found = smoothed_cross_entropy(mx.array(logits.astype(np.float32)), mx.array(labels))
-    assert found.item() == pytest.approx(expected)
+    own, other = (log_p[np.arange(6), classes] for classes in labels)
+    expected = -np.mean(0.9 * (share * own + (1 - share) * other) + 0.1 * log_p.mean(axis=1))
+    arrays = (mx.array(logits.astype(np.float32)), mx.array(labels), mx.array(np.stack([share, 1 - share]), mx.float32))
+    assert smoothed_cross_entropy(*arrays).item() == pytest.approx(expected)
+
+
+def test_mixing_pastes_rectangles_or_blends():
+    own = np.array(mixing(2000, 16, mx.random.key(0)))[..., 0]
+    blended = np.ptp(own, axis=(1, 2)) == 0
+    inside = (own > 0) & (own < 1)
+    assert np.mean(inside.any(axis=(1, 2))) == pytest.approx(0.5, abs=0.05)
+    assert blended[inside.any(axis=(1, 2))].all()
+    assert own[inside.any(axis=(1, 2)), 0, 0].mean() == pytest.approx(0.5, abs=0.03)
+    for picture in own[~blended]:  # the pasted part is a whole rectangle
+        rows, columns = (picture == 0).any(axis=1), (picture == 0).any(axis=0)
+        assert (picture == 0).sum() == rows.sum() * columns.sum()
+        assert all(np.ptp(np.flatnonzero(line)) + 1 == line.sum() for line in (rows, columns))
+    whole = own[~inside.any(axis=(1, 2))]
+    assert 0.25 < np.mean(whole == 0) < 0.5  # half, less what the border cuts off
+
+
+def test_a_mixed_picture_counts_for_both_its_classes(encoder, digits, monkeypatch):
+    monkeypatch.setattr(module, "DROP_PATH", 0.0)
+    images, labels, losses = mx.array(digits.train.images[:16]), mx.array(digits.train.labels[:16]), []
+    for share in (1.0, 0.0):  # nothing, then everything, is the picture before it
+        monkeypatch.setattr(module, "mixing", lambda batch, size, key, share=share: mx.full((batch, 1, 1, 1), share))
+        learning = tuning(encoder)
+        monkeypatch.setattr(learning, "augment", learning.augment.model_copy(update={"crop": "none", "jitter": 0.0}))
+        losses.append(learning.update(images, labels).item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def shuffled(dataset):

@@ -1,10 +1,11 @@
 """Fine-tuning: every weight of the encoder learns from labels; and the same network from random weights, beside it.
 
 A linear layer reads the headline feature, the mean over tokens of the LayerNorm-ed last output. AdamW, warm-up over a
-20th of the epochs, cosine, drop path, label smoothing, crops, mirror images where the run took them, mild colours: the
-same for both. Fine-tuning multiplies the learning rate by 0.75 for each layer down from the head (Clark et al. 2020,
-ELECTRA; Bao et al. 2021, BEiT). The bank without its validation pictures is learnt from, 45,000 pictures of CIFAR-10's
-50,000; the validation pictures choose the epoch; the test set is looked at once, with that epoch's weights.
+20th of the epochs, cosine, drop path, label smoothing, crops, mirror images where the run took them, mild colours,
+pictures mixed in pairs (mixup and CutMix): the same for both. Fine-tuning multiplies the learning rate by 0.75 for each
+layer down from the head (Clark et al. 2020, ELECTRA; Bao et al. 2021, BEiT). The bank without its validation pictures
+is learnt from, 45,000 pictures of CIFAR-10's 50,000; the validation pictures choose the epoch; the test set is looked
+at once, with that epoch's weights.
 """
 
 from __future__ import annotations
@@ -151,7 +152,7 @@ class Tuning:
         chosen = ("batch", "lr", "min_lr", "warmup_epochs", "weight_decay", "betas", "precision")
         return {"scratch": self.scratch, "seed": self.seed, **{key: getattr(t, key) for key in chosen},
                 "layer_decay": self.layer_decay, "drop_path": DROP_PATH, "label_smoothing": SMOOTHING,
-                "augment": self.augment.model_dump()}
+                "mixing": "mixup or CutMix", "augment": self.augment.model_dump()}
 
     def weights(self) -> Weights:
         """The weights as they are now, the head's among them."""
@@ -177,14 +178,17 @@ class Tuning:
     def _update(self, p, m, v, images, labels, key, scalars):
         self.traces += 1
         t, dtype, config = self.schedule.training, DTYPES[self.schedule.training.precision], self.config
-        augment_key, drop_key = mx.random.split(key, 2)
+        augment_key, drop_key, mix_key = mx.random.split(key, 3)
         x = augment(images, config.data.image_size, self.augment, augment_key)
+        own = mixing(len(images), config.data.image_size, mix_key)
+        x, labels = x * own + mx.roll(x, 1, 0) * (1 - own), mx.stack([labels, mx.roll(labels, 1)])
+        shares = own.mean(axis=(1, 2, 3))
         patches = patchify(normalise(x, self._frozen.mean, self._frozen.std), config.model.patch).astype(dtype)
 
         def loss(leaves):
             feature = pooled_features(self.encoder(leaves, patches, key=drop_key)[-1:])[:, 0]
             logits = feature @ leaves["head.weight"].astype(mx.float32) + leaves["head.bias"].astype(mx.float32)
-            return smoothed_cross_entropy(logits, labels)
+            return smoothed_cross_entropy(logits, labels, mx.stack([shares, 1 - shares]))
 
         value, gradients = mx.value_and_grad(loss)(self._views(p.astype(dtype)))
         g = self._pack(gradients).astype(mx.float32)
@@ -211,8 +215,26 @@ class Tuning:
         return {n: part.reshape(shape) for part, (n, shape) in zip(parts, self.shapes.items(), strict=True)}
 
 
-def smoothed_cross_entropy(logits: mx.array, labels: mx.array) -> mx.array:
-    """Mean cross-entropy of (B, C) logits with (1 - s) one-hot + s / C, s = 0.1 (Szegedy et al. 2015, section 7)."""
+def mixing(batch: int, size: int, key: mx.array) -> mx.array:
+    """How much of each pixel is the picture's own, (batch, size, size, 1) in 0 .. 1; the rest is another picture's.
+
+    Drawn per picture: half of the time a rectangle of the other is pasted in (CutMix, Yun et al. 2019), half of the
+    time both are blended (mixup, Zhang et al. 2018). The other's share is uniform in 0 .. 1; a rectangle's, before the
+    border cuts it.
+    """
+    share, y, x, kind = mx.split(mx.random.uniform(shape=(batch, 4, 1, 1), key=key), 4, axis=1)
+    place = mx.arange(size) + 0.5
+    half = mx.sqrt(share) * (size / 2)
+    pasted = (mx.abs(place[:, None] - y * size) < half) & (mx.abs(place - x * size) < half)
+    return (1 - mx.where(kind < 0.5, pasted, share)).reshape(batch, size, size, 1)
+
+
+def smoothed_cross_entropy(logits: mx.array, labels: mx.array, shares: mx.array) -> mx.array:
+    """Mean cross-entropy of (B, C) logits with (1 - s) one-hot + s / C, s = 0.1 (Szegedy et al. 2015, section 7).
+
+    labels, shares: (L, B), the classes in each picture and how much of it each has, adding up to 1.
+    """
     classes = logits.shape[1]
-    goal = (labels[:, None] == mx.arange(classes)) * (1 - SMOOTHING) + SMOOTHING / classes
+    parts = ((labels[..., None] == mx.arange(classes)) * shares[..., None]).sum(axis=0)
+    goal = parts * (1 - SMOOTHING) + SMOOTHING / classes
     return (mx.logsumexp(logits, axis=1) - (goal * logits).sum(axis=1)).mean()
