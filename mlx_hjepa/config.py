@@ -58,11 +58,13 @@ PositiveRange = Annotated[tuple[Positive, Positive], AfterValidator(_ordered)]
 
 
 class Data(Section):
-    """Where the pictures come from. `root` is a folder of pictures, or an unpacked CIFAR archive."""
+    """Where the pictures come from. `root`: a folder of pictures, or an unpacked CIFAR archive. `source`: unless given,
+    a folder's pictures are streamed and all others kept in the accelerator's memory."""
 
     dataset: Literal["cifar10", "cifar100", "digits", "folder"] = "cifar10"
     root: str | None = None
-    source: Literal["stream", "resident"] = "stream"
+    source: Literal["stream", "resident"] = Field(
+        default_factory=lambda known: "stream" if known.get("dataset") == "folder" else "resident")
     image_size: Count = 32
     split_seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     threads: Count = 4
@@ -290,11 +292,8 @@ class _Dumper(yaml.SafeDumper):
 
 
 for _kind in (_Loader, _Dumper):
-    _kind.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$|^[-+]?\.\d+([eE][-+]?\d+)?$"),
-        list("-+0123456789."),
-    )
+    _kind.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(
+        r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$|^[-+]?\.\d+([eE][-+]?\d+)?$"), list("-+0123456789."))
 
 
 def parse_yaml(text: str) -> Any:
@@ -332,7 +331,8 @@ def build(values: dict, where: str = "config", overrides: tuple[str, ...] | list
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(where, e, overrides) for e in error.errors()[:2])) from None
+        told = [e for e in error.errors() if e["type"] != "default_factory_not_called"][:2]
+        raise ConfigError("\n".join(_explain(where, e, overrides) for e in told)) from None
 
 
 def section(kind: type[Section], name: str, values: dict) -> Any:

@@ -63,7 +63,7 @@ def test_stream_is_the_same_in_parts_with_any_threads_and_without_mlx_data(pictu
 def test_missing_mlx_data_is_said_once(monkeypatch):
     monkeypatch.setattr(dataset, "dx", None)
     said = []
-    load_dataset(config.Data(dataset="digits"), say=said.append)
+    load_dataset(config.Data(dataset="digits", source="stream"), say=said.append)
     load_dataset(config.Data(dataset="digits", source="resident"), say=said.append)
     assert sum("mlx-data" in line for line in said) == 1
 

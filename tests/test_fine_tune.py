@@ -40,10 +40,10 @@ def tunings(monkeypatch):
     return made
 
 
-def tuning(encoder, layer_decay=1.0, scratch=False, **training):
+def tuning(encoder, layer_decay=1.0, scratch=False, mix=False, **training):
     values = {"epochs": 1, "batch": 16, "lr": 1e-3, "warmup_epochs": 0, "weight_decay": 0, "betas": (0.9, 0.999),
               "precision": "fp32", **training}
-    return Tuning(encoder, 10, Schedule(Training(**values), 4), layer_decay, scratch, 0, False)
+    return Tuning(encoder, 10, Schedule(Training(**values), 4), layer_decay, scratch, 0, False, mix)
 
 
 def moved(tuning, digits, steps=1):
@@ -65,7 +65,6 @@ def test_the_gradient_reaches_every_weight(encoder, digits):
 
 def test_the_step_goes_down_the_loss_of_its_batch(encoder, digits, monkeypatch):
     monkeypatch.setattr(module, "DROP_PATH", 0.0)
-    monkeypatch.setattr(module, "mixing", lambda batch, size, key: mx.ones((batch, 1, 1, 1)))
     learning, images, labels = tuning(encoder), mx.array(digits.train.images[:16]), mx.array(digits.train.labels[:16])
     monkeypatch.setattr(learning, "augment", learning.augment.model_copy(update={"crop": "none", "jitter": 0.0}))
     scores = mx.array(learning.scores(digits.train, np.arange(16)))
@@ -142,7 +141,7 @@ def test_a_mixed_picture_counts_for_both_its_classes(encoder, digits, monkeypatc
     images, labels, losses = mx.array(digits.train.images[:16]), mx.array(digits.train.labels[:16]), []
     for share in (1.0, 0.0):  # nothing, then everything, is the picture before it
         monkeypatch.setattr(module, "mixing", lambda batch, size, key, share=share: mx.full((batch, 1, 1, 1), share))
-        learning = tuning(encoder)
+        learning = tuning(encoder, mix=True)
         monkeypatch.setattr(learning, "augment", learning.augment.model_copy(update={"crop": "none", "jitter": 0.0}))
         losses.append(learning.update(images, labels).item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
@@ -204,6 +203,7 @@ def test_defaults_and_settings(encoder, digits):
     tuned, scratch = (fine_tune(encoder, split, True, epochs=1, scratch=s)["settings"] for s in (False, True))
     assert (module.FINE_TUNE.epochs, module.SCRATCH.epochs) == (100, 200)
     assert (tuned["layer_decay"], scratch["layer_decay"]) == (0.75, 1.0)
+    assert (tuned["mix"], scratch["mix"]) == (True, False)
     assert tuned["augment"] == scratch["augment"]
     assert tuned["augment"]["flip"]  # as asked, whatever the run did
     assert not fine_tune(encoder, split, False, epochs=1)["settings"]["augment"]["flip"]

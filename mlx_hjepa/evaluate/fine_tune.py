@@ -1,11 +1,11 @@
 """Fine-tuning: every weight of the encoder learns from labels; and the same network from random weights, beside it.
 
 A linear layer reads the headline feature, the mean over tokens of the LayerNorm-ed last output. AdamW, warm-up over a
-20th of the epochs, cosine, drop path, label smoothing, crops, mirror images where the run took them, mild colours,
-pictures mixed in pairs (mixup and CutMix): the same for both. Fine-tuning multiplies the learning rate by 0.75 for each
-layer down from the head (Clark et al. 2020, ELECTRA; Bao et al. 2021, BEiT). The bank without its validation pictures
-is learnt from, 45,000 pictures of CIFAR-10's 50,000; the validation pictures choose the epoch; the test set is looked
-at once, with that epoch's weights.
+20th of the epochs, cosine, drop path, label smoothing, crops, mirror images where the run took them, mild colours: the
+same for both. Fine-tuning also mixes pictures in pairs, from which training from scratch only loses (docs/results.md),
+and multiplies the learning rate by 0.75 for each layer down from the head (Clark et al. 2020, ELECTRA; Bao et al. 2021,
+BEiT). The bank without its validation pictures is learnt from, 45,000 pictures of CIFAR-10's 50,000; the validation
+pictures choose the epoch; the test set is looked at once, with that epoch's weights.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ AUGMENT = Augment(crop="random_resized", scale=(0.5, 1.0), jitter=0.5)
 
 
 class Recipe(NamedTuple):
-    """What differs between the two. lr is that of the head; layer_decay multiplies it for each layer below."""
+    """What differs between the two. layer_decay multiplies the rate, that of the head, for each layer below."""
 
     epochs: int
-    lr: float
     layer_decay: float
+    mix: bool
 
 
-FINE_TUNE, SCRATCH = Recipe(100, 5e-4, 0.75), Recipe(200, 1e-3, 1.0)
+FINE_TUNE, SCRATCH, LR = Recipe(100, 0.75, True), Recipe(200, 1.0, False), 1e-3
 
 
 def fine_tune(encoder: FrozenEncoder, split: Splits, flip: bool, epochs: int | None = None, scratch: bool = False,
@@ -61,10 +61,10 @@ def fine_tune(encoder: FrozenEncoder, split: Splits, flip: bool, epochs: int | N
     rows, held = _rows(split)
     batch, epochs = max(1, min(batch, len(rows) // 32)), recipe.epochs if epochs is None else epochs
     training = section(Training, "fine-tuning", {
-        "epochs": epochs, "batch": batch, "lr": recipe.lr if lr is None else lr, "warmup_epochs": epochs / 20,
+        "epochs": epochs, "batch": batch, "lr": LR if lr is None else lr, "warmup_epochs": epochs / 20,
         "weight_decay": 0.05, "betas": (0.9, 0.999), "precision": backend.precision(precision)})
     tuning = Tuning(encoder, classes, Schedule(training, len(rows) // batch),
-                    recipe.layer_decay if layer_decay is None else layer_decay, scratch, seed, flip)
+                    recipe.layer_decay if layer_decay is None else layer_decay, scratch, seed, flip, recipe.mix)
     name, threads = "from scratch" if scratch else "fine-tuning", encoder.config.data.threads
     best, chosen, best_epoch, validation, losses = -1.0, tuning.parameters, 0, [], []
     for epoch in range(epochs):
@@ -126,9 +126,9 @@ class Tuning:
     """
 
     def __init__(self, encoder: FrozenEncoder, classes: int, schedule: Schedule, layer_decay: float, scratch: bool,
-                 seed: int, flip: bool):
+                 seed: int, flip: bool, mix: bool):
         self.config, self.schedule, self.layer_decay = encoder.config, schedule, layer_decay
-        self.scratch, self.seed = scratch, seed
+        self.scratch, self.seed, self.mix = scratch, seed, mix
         model = encoder.config.model.model_copy(update={"drop_path": DROP_PATH})
         self.encoder = Encoder(encoder.config.model_copy(update={"model": model}))
         self.augment = AUGMENT.model_copy(update={"flip": flip})
@@ -152,7 +152,7 @@ class Tuning:
         chosen = ("batch", "lr", "min_lr", "warmup_epochs", "weight_decay", "betas", "precision")
         return {"scratch": self.scratch, "seed": self.seed, **{key: getattr(t, key) for key in chosen},
                 "layer_decay": self.layer_decay, "drop_path": DROP_PATH, "label_smoothing": SMOOTHING,
-                "mixing": "mixup or CutMix", "augment": self.augment.model_dump()}
+                "mix": self.mix, "augment": self.augment.model_dump()}
 
     def weights(self) -> Weights:
         """The weights as they are now, the head's among them."""
@@ -180,7 +180,7 @@ class Tuning:
         t, dtype, config = self.schedule.training, DTYPES[self.schedule.training.precision], self.config
         augment_key, drop_key, mix_key = mx.random.split(key, 3)
         x = augment(images, config.data.image_size, self.augment, augment_key)
-        own = mixing(len(images), config.data.image_size, mix_key)
+        own = mixing(len(images), config.data.image_size, mix_key) if self.mix else mx.ones((len(images), 1, 1, 1))
         x, labels = x * own + mx.roll(x, 1, 0) * (1 - own), mx.stack([labels, mx.roll(labels, 1)])
         shares = own.mean(axis=(1, 2, 3))
         patches = patchify(normalise(x, self._frozen.mean, self._frozen.std), config.model.patch).astype(dtype)
