@@ -26,6 +26,7 @@ NEXT = {  # the ladder of presets, files under configs/
     "m1_max_quick_val": "compat/m1_max_full_20epoch",
     "m1_max_full_20epoch": "compat/m1_max_full_100epoch",
 }
+COLOURS = {"augment.jitter": 1.0}  # what keeps long runs learning (docs/results.md, a hundred epochs)
 COMPAT = {5: "m1_max_quick_val", 20: "m1_max_full_20epoch", 100: "m1_max_full_100epoch"}
 
 
@@ -156,9 +157,9 @@ def remedy(h: History, fault: str, base: Config | None) -> tuple[dict[str, Any],
             f"{fault}: half the learning rate, twice the warm-up (the note's rule)"]
     if fault == "decline":
         best = max(1, round(h.knn_step[h.knn.argmax()] / (h.epoch_steps or 1)))
-        if base.augment.crop != "pad" or base.augment.jitter < 1:
-            return {"augment.crop": "pad", "augment.jitter": 1.0}, [
-                "decline: with shifts and strong colours the k-NN rose to the end of 100 epochs, with crops for 20"]
+        if base.augment.jitter < 1:
+            return dict(COLOURS), [
+                "decline: with colours jittered so the k-NN rose to the end of 100 epochs, with 0.4 for 20"]
         shorter = {"training.warmup_epochs": best / 2} if t.warmup_epochs > best / 2 else {}
         return {"training.epochs": best, **shorter}, [f"decline: it was best after {best} epochs"]
     if t.ema[0] >= 0.9999:
@@ -205,6 +206,8 @@ def _carried(config: Config | None, file: Path) -> dict[str, Any]:
         return {}
     known = [c for c in (_try_load(file), _preset_of(config)) if c]
     mine = {"seed": config.seed, **{f"data.{key}": value for key, value in config.data}}
+    if config.data.dataset != "folder":
+        del mine["data.source"]  # it was another by default once
     theirs = [{"seed": c.seed, **{f"data.{key}": value for key, value in c.data}} for c in known]
     return {key: value if parse_yaml(str(value)) == value else json.dumps(value)
             for key, value in mine.items() if all(value != other[key] for other in theirs)}
@@ -236,8 +239,10 @@ def _next(h: History, where: Path, times: Times | None) -> tuple[Path | None, di
         return None, {}, why
     longer = 20 if epochs < 20 else 100
     took, there = own.get(longer), "here" if h.device in ("", backend.device()["name"]) else f"on {h.device}"
-    return where / "config.yaml", {"training.epochs": longer}, [
-        *why, f"the same for {longer} epochs" + (f": {span(took)} {there}" if took else "")]
+    colours = dict(COLOURS) if longer == 100 and h.config.augment.jitter < 1 else {}
+    return where / "config.yaml", {"training.epochs": longer, **colours}, [
+        *why, f"the same for {longer} epochs{', colours jittered more,' if colours else ''}"
+        + (f": {span(took)} {there}" if took else "")]
 
 
 def _took(name: str, times: Times | None) -> Span | None:
