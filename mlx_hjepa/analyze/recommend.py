@@ -159,7 +159,7 @@ def remedy(h: History, fault: str, base: Config | None) -> tuple[dict[str, Any],
         best = max(1, round(h.knn_step[h.knn.argmax()] / (h.epoch_steps or 1)))
         if base.augment.jitter < 1:
             return dict(COLOURS), [
-                "decline: with colours jittered so the k-NN rose to the end of 100 epochs, with 0.4 for 20"]
+                "decline: with colours jittered so the k-NN rose for 85 epochs and more, with 0.4 for 20"]
         shorter = {"training.warmup_epochs": best / 2} if t.warmup_epochs > best / 2 else {}
         return {"training.epochs": best, **shorter}, [f"decline: it was best after {best} epochs"]
     if t.ema[0] >= 0.9999:
