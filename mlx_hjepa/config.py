@@ -331,7 +331,7 @@ def build(values: dict, where: str = "config", overrides: tuple[str, ...] | list
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        told = [e for e in error.errors() if e["type"] != "default_factory_not_called"][:2]
+        told = [e for e in error.errors() if e["type"] != "default_factory_not_called"][:2]  # that one only follows
         raise ConfigError("\n".join(_explain(where, e, overrides) for e in told)) from None
 
 

@@ -434,7 +434,7 @@ def test_no_preset_of_another_data_set_is_recommended(tmp_path):
     (folder / "metrics.jsonl").write_text((folder / "metrics.jsonl").read_text().replace(
         f'"epoch_steps": {EPOCH}', f'"epoch_steps": {4 * EPOCH}'))
     longer = command_loads(analyze(Run(folder))["recommendation"]["command"])
-    assert (longer.data.root, longer.training.epochs) == ("/mine", 20)
+    assert (longer.data.root, longer.training.epochs, longer.augment.jitter) == ("/mine", 20, 0)
 
 
 def test_the_demo_leads_to_the_first_preset_with_its_own_data(tmp_path):
@@ -561,8 +561,11 @@ def test_a_run_whose_knn_has_not_risen_is_not_said_to_learn(tmp_path, scores, le
         assert advice["why"][0] == (f"the online k-NN has not risen: 30.0 % at step 975, {100 * scores[-1]:.1f} % "
                                     "at step 3,900")
         assert "it learns" not in " ".join(advice["why"])
-        longer = f"mlx-hjepa train {folder}/config.yaml --set training.epochs=100 --set augment.jitter=1.0"
-        assert advice["command"] == longer
+        longer = f"mlx-hjepa train {folder}/config.yaml --set training.epochs=100"
+        assert advice["command"] == f"{longer} --set augment.jitter=1.0"
+        coloured = made(tmp_path / "coloured", sets=["augment.jitter=1"], ratio=lambda s: falls(s) - 0.1 * s / TOTAL,
+                        probe=probes.get)
+        assert analyze(Run(coloured))["recommendation"]["command"] == longer.replace(str(folder), str(coloured))
 
 
 def test_a_going_run_whose_knn_has_not_risen_yet_is_left_alone(tmp_path):
@@ -579,6 +582,8 @@ def test_a_going_run_whose_knn_has_not_risen_yet_is_left_alone(tmp_path):
     ("finished", None)])
 @pytest.mark.parametrize(("sets", "changes", "why"), [
     ([], {"augment.jitter": 1.0}, "with colours jittered so the k-NN rose for 85 epochs and more, with 0.4 for 20"),
+    (["augment.jitter=0.9"], {"augment.jitter": 1.0},
+     "with colours jittered so the k-NN rose for 85 epochs and more, with 0.4 for 20"),
     (["augment.jitter=1"], {"training.epochs": 5}, "it was best after 5 epochs"),
     (["augment.jitter=1", "training.warmup_epochs=6"],
      {"training.epochs": 5, "training.warmup_epochs": 2.5}, "it was best after 5 epochs")])

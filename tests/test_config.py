@@ -84,6 +84,15 @@ def test_a_key_near_nothing_lists_the_keys_of_its_place():
     assert "unknown key optimizer: did you mean training.lr?" in refusal(optimizer={"lr": 1})
 
 
+def test_a_folders_pictures_are_streamed_and_all_others_stay_in_memory():
+    for dataset, given, source in (("cifar10", {}, "resident"), ("digits", {}, "resident"), ("folder", {}, "stream"),
+                                   ("cifar10", {"data__source": "stream"}, "stream"),
+                                   ("folder", {"data__source": "resident"}, "resident")):
+        root = {"data__root": "pictures"} if dataset == "folder" else {}
+        assert made(data__dataset=dataset, **root, **given).data.source == source
+    assert len(refusal(data__dataset="mnist").splitlines()) == 1  # nothing of the source that hangs on it
+
+
 def test_every_section_refuses_unknown_keys():
     for name, field in Config.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, config.Section):

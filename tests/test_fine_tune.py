@@ -139,12 +139,13 @@ def test_mixing_pastes_rectangles_or_blends():
 def test_a_mixed_picture_counts_for_both_its_classes(encoder, digits, monkeypatch):
     monkeypatch.setattr(module, "DROP_PATH", 0.0)
     images, labels, losses = mx.array(digits.train.images[:16]), mx.array(digits.train.labels[:16]), []
-    for share in (1.0, 0.0):  # nothing, then everything, is the picture before it
+    for share in (1.0, 0.0, 0.5):  # nothing, then everything, then half is the picture before it
         monkeypatch.setattr(module, "mixing", lambda batch, size, key, share=share: mx.full((batch, 1, 1, 1), share))
         learning = tuning(encoder, mix=True)
         monkeypatch.setattr(learning, "augment", learning.augment.model_copy(update={"crop": "none", "jitter": 0.0}))
         losses.append(learning.update(images, labels).item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert abs(losses[2] - losses[0]) > 1e-3
 
 
 def shuffled(dataset):
@@ -204,6 +205,7 @@ def test_defaults_and_settings(encoder, digits):
     assert (module.FINE_TUNE.epochs, module.SCRATCH.epochs) == (100, 200)
     assert (tuned["layer_decay"], scratch["layer_decay"]) == (0.75, 1.0)
     assert (tuned["mix"], scratch["mix"]) == (True, False)
+    assert tuned["lr"] == scratch["lr"] == 1e-3
     assert tuned["augment"] == scratch["augment"]
     assert tuned["augment"]["flip"]  # as asked, whatever the run did
     assert not fine_tune(encoder, split, False, epochs=1)["settings"]["augment"]["flip"]

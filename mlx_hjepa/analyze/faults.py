@@ -179,8 +179,7 @@ def _decline(h: History) -> Fault | None:
         return None
     return Fault("decline", f"online k-NN {_percent(h.knn.max())} at step {h.knn_step[h.knn.argmax()]:,.0f}, "
                  f"{_percent(h.knn[-1])} now",
-                 "augment.jitter: 1, or fewer training.epochs; "
-                 "--checkpoint best scores this run at its best")
+                 "augment.jitter: 1, or fewer training.epochs; --checkpoint best scores this run at its best")
 
 
 def _plateau(h: History) -> Fault | None:

@@ -158,7 +158,7 @@ def remedy(h: History, fault: str, base: Config | None) -> tuple[dict[str, Any],
     if fault == "decline":
         best = max(1, round(h.knn_step[h.knn.argmax()] / (h.epoch_steps or 1)))
         if base.augment.jitter < 1:
-            return dict(COLOURS), [
+            return COLOURS, [
                 "decline: with colours jittered so the k-NN rose for 85 epochs and more, with 0.4 for 20"]
         shorter = {"training.warmup_epochs": best / 2} if t.warmup_epochs > best / 2 else {}
         return {"training.epochs": best, **shorter}, [f"decline: it was best after {best} epochs"]
@@ -206,8 +206,7 @@ def _carried(config: Config | None, file: Path) -> dict[str, Any]:
         return {}
     known = [c for c in (_try_load(file), _preset_of(config)) if c]
     mine = {"seed": config.seed, **{f"data.{key}": value for key, value in config.data}}
-    if config.data.dataset != "folder":
-        del mine["data.source"]  # it was another by default once
+    del mine["data.source"]  # each data set has its own, and the batches are the same
     theirs = [{"seed": c.seed, **{f"data.{key}": value for key, value in c.data}} for c in known]
     return {key: value if parse_yaml(str(value)) == value else json.dumps(value)
             for key, value in mine.items() if all(value != other[key] for other in theirs)}
@@ -239,7 +238,7 @@ def _next(h: History, where: Path, times: Times | None) -> tuple[Path | None, di
         return None, {}, why
     longer = 20 if epochs < 20 else 100
     took, there = own.get(longer), "here" if h.device in ("", backend.device()["name"]) else f"on {h.device}"
-    colours = dict(COLOURS) if longer == 100 and h.config.augment.jitter < 1 else {}
+    colours = COLOURS if longer == 100 and h.config.augment.jitter < 1 else {}
     return where / "config.yaml", {"training.epochs": longer, **colours}, [
         *why, f"the same for {longer} epochs{', colours jittered more,' if colours else ''}"
         + (f": {span(took)} {there}" if took else "")]

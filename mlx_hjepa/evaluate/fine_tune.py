@@ -31,7 +31,7 @@ from mlx_hjepa.run import UserError
 from mlx_hjepa.schedule import Schedule
 
 DTYPES = {"fp32": mx.float32, "bf16": mx.bfloat16}
-DROP_PATH, SMOOTHING = 0.1, 0.1
+LR, DROP_PATH, SMOOTHING = 1e-3, 0.1, 0.1
 AUGMENT = Augment(crop="random_resized", scale=(0.5, 1.0), jitter=0.5)
 
 
@@ -43,11 +43,11 @@ class Recipe(NamedTuple):
     mix: bool
 
 
-FINE_TUNE, SCRATCH, LR = Recipe(100, 0.75, True), Recipe(200, 1.0, False), 1e-3
+FINE_TUNE, SCRATCH = Recipe(100, 0.75, True), Recipe(200, 1.0, False)
 
 
 def fine_tune(encoder: FrozenEncoder, split: Splits, flip: bool, epochs: int | None = None, scratch: bool = False,
-              seed: int = 0, progress: Progress | None = None, batch: int = 256, lr: float | None = None,
+              seed: int = 0, progress: Progress | None = None, batch: int = 256, lr: float = LR,
               layer_decay: float | None = None, precision: Literal["auto", "fp32", "bf16"] = "auto") -> dict[str, Any]:
     """Train the encoder (a copy; `scratch`: its shape alone) with a linear layer on it. Returns plain values for JSON.
 
@@ -61,7 +61,7 @@ def fine_tune(encoder: FrozenEncoder, split: Splits, flip: bool, epochs: int | N
     rows, held = _rows(split)
     batch, epochs = max(1, min(batch, len(rows) // 32)), recipe.epochs if epochs is None else epochs
     training = section(Training, "fine-tuning", {
-        "epochs": epochs, "batch": batch, "lr": LR if lr is None else lr, "warmup_epochs": epochs / 20,
+        "epochs": epochs, "batch": batch, "lr": lr, "warmup_epochs": epochs / 20,
         "weight_decay": 0.05, "betas": (0.9, 0.999), "precision": backend.precision(precision)})
     tuning = Tuning(encoder, classes, Schedule(training, len(rows) // batch),
                     recipe.layer_decay if layer_decay is None else layer_decay, scratch, seed, flip, recipe.mix)
