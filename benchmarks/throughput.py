@@ -45,8 +45,8 @@ from mlx_hjepa.run import RESULTS, Run, read_json
 from mlx_hjepa.train import checkpoint, health
 from mlx_hjepa.train.step import DTYPES, Step, part
 
-MODELS = {"gpu": "192x12:4,8,12 192x12:2,4,6,8,10,12*4 384x6:2,4,6 384x6:1,2,3,4,5,6 "
-                 "384x6:1,2,3,4,5,6*8/20/16 384x12:4,8,12 384x12:2,4,6,8,10,12*4/20/16",
+MODELS = {"gpu": "192x12:4,8,12 192x12:2,4,6,8,10,12*4 384x6:2,4,6 "
+                 "384x6:1,2,3,4,5,6*4/20/16 384x6:1,2,3,4,5,6*8/20/16 384x12:4,8,12 384x12:2,4,6,8,10,12*4/20/16",
           "cpu": "64x4:2,4 128x6:2,4,6 192x12:4,8,12", "quick": "64x4:2,4 128x6:2,4,6"}
 BATCHES = {"gpu": "32,64,128,256,512,1024", "cpu": "8,16,32,64", "quick": "16,32,64"}
 EPOCHS = (5, 20, 50, 100)

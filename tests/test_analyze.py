@@ -335,8 +335,8 @@ def test_times_are_those_of_the_runs_own_clock(tmp_path):
 def test_other_presets_times_come_from_the_runs_own_speed_where_nothing_was_measured(tmp_path):
     result = analyze(Run(made(tmp_path / "run")))
     own, wide, lunch = (result["seconds"][name]["20"][1] for name in ("this run", "vit_wide_20ep", "vit_wide_lunch"))
-    assert 1.3 * own < wide < 2.2 * own  # 4.0 GFLOP a picture over 2.3
-    assert lunch > 2 * wide  # 15.6
+    assert 3 * own < wide < 5 * own  # 8.5 GFLOP a picture over 2.3
+    assert lunch > 1.5 * wide  # 15.6
     assert "the others' from this run's speed" in (tmp_path / "run/analysis/validation_report.md").read_text()
 
 

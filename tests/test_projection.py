@@ -47,7 +47,7 @@ def test_a_measured_machine_tells_the_time_of_a_run_and_of_other_models():
     assert projection.times_here() is None
     measured(config, 1e-3)
     result = projection.project(config, None, None, lambda *_: pytest.fail("measured again"))
-    assert result["parts"]["training"] == pytest.approx(3900 * (0.01 + 0.256), rel=1e-3)
+    assert result["parts"]["training"] == pytest.approx(7800 * (0.01 + 0.128), rel=1e-3)
     assert result["low"] < result["mid"] < result["high"]
     assert result["basis"] == "the fit of benchmarks/throughput.py on a chip, batch 32, 64, 128, 256"
     parts, basis = projection.describe(result)[1:]
@@ -59,7 +59,7 @@ def test_a_measured_machine_tells_the_time_of_a_run_and_of_other_models():
     other = load("configs/vit_small_100ep.yaml")
     low, mid, high = projection.times_here()(other, 100)
     ratio = timing.key(other)["gflop"] / timing.key(config)["gflop"]
-    assert mid > 19500 * 0.256 * ratio
+    assert mid > 39_000 * 0.128 * ratio
     assert high / mid == pytest.approx(1.3)
     assert low / mid == pytest.approx(0.7)
 
@@ -70,10 +70,10 @@ def test_what_was_measured_in_another_precision_is_left_out():
 
 
 def test_a_run_tells_the_times_of_other_models():
-    own, other = load(PRESET, ["training.batch=128"]), load("configs/vit_small_100ep.yaml")
+    own, other = load(PRESET), load("configs/vit_small_100ep.yaml")
     low, mid, high = projection.times_from(own, 0.2)(other, 100)
     ratio = timing.key(other)["gflop"] / timing.key(own)["gflop"]
-    training = 19_500 * 0.2 * 2 * ratio  # twice the batch
+    training = 39_000 * 0.2 * ratio
     assert training < mid < 1.1 * training
     assert (low / mid, high / mid) == (pytest.approx(0.7), pytest.approx(1.3))
 
@@ -103,7 +103,7 @@ def test_the_command_projects_another_chip_and_says_that_it_is_one():
     assert result.exit_code == 0, result.output
     assert "projection for M1 Max" in result.output
     as_json = CliRunner().invoke(main, ["project", PRESET, "--chip", "M1 Max", "--json"])
-    assert json.loads(as_json.stdout)["steps"] == 3900
+    assert json.loads(as_json.stdout)["steps"] == 7800
     unknown = CliRunner().invoke(main, ["project", PRESET, "--chip", "M7"])
     assert unknown.exit_code == 2
     assert "Did you mean" in unknown.stderr
