@@ -73,10 +73,11 @@ def test_the_scalars_of_a_step_are_its_own(tiny_config):
     config = tiny_config(training={"ema": [0.9, 1.0], "weight_decay_end": 0.4, "betas": [0.9, 0.95]})
     s = Schedule(config.training, 10)
     step = Step(HJEPA(config, (0.5,) * 3, (0.25,) * 3), s, "fp32")
-    for i in (0, 1, 7, 19):
+    for i in (0, 1, 7, 19, 63, 64, 7, 200):
         corrections = [s.lr(i) / (1 - 0.9 ** (i + 1)), (1 - 0.95 ** (i + 1)) ** -0.5]
         wanted = [s.lr(i), s.weight_decay(i), s.momentum(i), *corrections, 0.75, 0.25]
         np.testing.assert_allclose(np.array(step.scalars(i, [3.0, 1.0])), wanted, rtol=1e-6)
+        assert np.array(step.scalars(i, [1.0, 1.0]))[5:].tolist() == [0.5, 0.5]
 
 
 def test_an_update_moves_by_the_lr_decay_and_momentum_of_its_step(tiny_config):

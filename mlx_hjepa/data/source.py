@@ -52,9 +52,13 @@ def batches(pictures: Pictures, source: Literal["stream", "resident"], seed: int
 
 
 def _resident(pictures: Pictures, seed: int, batch: int, steps: range, threads: int) -> Iterator[mx.array]:
-    whole = pictures.resident
+    whole, n = pictures.resident, len(pictures)
+    per_epoch, held = steps_per_epoch(n, batch), -1
     for step in steps:
-        yield whole[mx.array(indices(seed, step, len(pictures), batch).astype(np.uint32))]
+        epoch, position = divmod(step, per_epoch)
+        if epoch != held:  # once an epoch; see step.BLOCK
+            mixed, held = mx.array(order(seed, epoch, n).astype(np.uint32)), epoch
+        yield whole[mixed[position * batch:(position + 1) * batch]]
 
 
 def _streamed(pictures: Pictures, seed: int, batch: int, steps: range, threads: int) -> Iterator[mx.array]:

@@ -19,6 +19,7 @@ from mlx_hjepa.schedule import Schedule
 
 DTYPES = {"fp32": mx.float32, "bf16": mx.bfloat16, "fp16": mx.float16}
 FIRST_SCALE, GROWTH_STEPS, LARGEST_SCALE = 2.0**15, 2000.0, 2.0**24  # fp16 loss scaling, as torch's GradScaler
+BLOCK = 64  # steps whose scalars are made at once: on CUDA an array made of the host's numbers waits for the device
 STATISTICS = ("loss", "grad_norm", "bad", "bad_in_a_row", "loss_scale")  # the losses of the levels follow
 
 
@@ -76,6 +77,7 @@ class Step:
         self.layout = Layout(*model.init())
         self.decayed = mx.array(self.layout.decayed())
         self.traces = {"step": 0, "part": 0, "update": 0, "health": 0}
+        self._block: tuple[int, list[float]] | None = None  # the steps and level weights that _rows holds scalars of
         self._whole: Any = mx.compile(self._step)
         self._part: Any = mx.compile(self._accumulate)
         self._update: Any = mx.compile(self._finish)
@@ -93,11 +95,17 @@ class Step:
     def scalars(self, step: int, level_weights: list[float]) -> mx.array:
         """What changes from step to step: lr, weight decay, EMA momentum, the two bias corrections of Adam (Kingma and
         Ba 2014, algorithm 1) and the weights of the levels, which sum to 1."""
+        block, row = divmod(step, BLOCK)
+        if (block, level_weights) != self._block:
+            self._block = block, list(level_weights)
+            self._rows = mx.array([self._row(block * BLOCK + i, level_weights) for i in range(BLOCK)])
+        return self._rows[row]
+
+    def _row(self, step: int, level_weights: list[float]) -> list[float]:
         s, (b1, b2) = self.schedule, self.training.betas
         lr, total = s.lr(step), sum(level_weights)
         corrections = [lr / (1 - b1 ** (step + 1)), (1 - b2 ** (step + 1)) ** -0.5]
-        weights = [w / total for w in level_weights]
-        return mx.array([lr, s.weight_decay(step), s.momentum(step), *corrections, *weights])
+        return [lr, s.weight_decay(step), s.momentum(step), *corrections, *(w / total for w in level_weights)]
 
     def __call__(self, state: State, images: mx.array, key: mx.array, scalars: mx.array) -> tuple[State, mx.array]:
         """One update. images: uint8 (batch, H, W, 3). Returns the new state and the statistics, both unevaluated."""
