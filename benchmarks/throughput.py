@@ -50,7 +50,7 @@ MODELS = {"gpu": "192x12:4,8,12 192x12:2,4,6,8,10,12*4 384x6:2,4,6 "
           "cpu": "64x4:2,4 128x6:2,4,6 192x12:4,8,12", "quick": "64x4:2,4 128x6:2,4,6"}
 BATCHES = {"gpu": "32,64,128,256,512,1024", "cpu": "8,16,32,64", "quick": "16,32,64"}
 EPOCHS = (5, 20, 50, 100)
-LIKELY_BATCH = 256  # of the picture of hours, as in the presets
+LIKELY_BATCH = 128  # of the picture of hours, as in most presets
 MATRIX = {"cuda": (8192, 10), "metal": (4096, 2), "cpu": (1536, 1)}  # size of the product, how many in a row
 
 

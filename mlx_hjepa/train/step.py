@@ -99,7 +99,7 @@ class Step:
         if (block, level_weights) != self._block:
             self._block = block, list(level_weights)
             self._rows = mx.array([self._row(block * BLOCK + i, level_weights) for i in range(BLOCK)])
-        return self._rows[row]
+        return self._rows[row:row + 1].reshape(-1)  # an index would be an array made of the host's numbers
 
     def _row(self, step: int, level_weights: list[float]) -> list[float]:
         s, (b1, b2) = self.schedule, self.training.betas
