@@ -186,7 +186,7 @@ def _cause(t: Any) -> tuple[dict[str, Any], str]:
     changes: dict[str, Any] = {"training.lr": _short(min(t.lr / 3, 1.5e-3))}
     if t.clip > 10:
         changes["training.clip"] = 1.0
-    return changes, "a third of the learning rate" + (", at most the presets' 1.5e-3" if t.lr > 4.5e-3 else "")
+    return changes, "a third of the learning rate" + (", at most 1.5e-3" if t.lr > 4.5e-3 else "")
 
 
 def _steadier(base: Config | None, loading: bool) -> tuple[dict[str, Any], str]:
