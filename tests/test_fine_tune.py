@@ -189,6 +189,8 @@ def test_the_epoch_is_chosen_on_validation_and_the_test_set_seen_once(encoder, d
 
     monkeypatch.setattr(Pictures, "stream", streamed)
     monkeypatch.setattr(Tuning, "scores", scores)
+    data = encoder.config.data.model_copy(update={"source": "stream"})
+    encoder.config = encoder.config.model_copy(update={"data": data})
     found = fine_tune(encoder, split, False, epochs=4, precision="fp32")
     assert found["validation"] == [0.5, 1.0, 0.5, 0.5]
     assert found["epoch"] == 2
@@ -220,3 +222,14 @@ def test_mistakes_are_named(encoder, digits):
     broken = FrozenEncoder(encoder.config, {n: w * np.nan for n, w in encoder.weights.items()}, digits.mean, digits.std)
     with pytest.raises(UserError, match="the loss of epoch 1 is not finite"):
         fine_tune(broken, splits(digits, 0, 100), False, epochs=2, precision="fp32")
+
+
+def test_resident_pictures_are_the_streamed_ones(digits):
+    rows = np.arange(0, 400, 3)
+    streamed, resident = (list(module._batches(digits.train, rows, 5, 2, 16, Data(dataset="digits", source=source)))
+                          for source in ("stream", "resident"))
+    assert len(streamed) == len(resident) == len(rows) // 16
+    for one, other in zip(streamed, resident, strict=True):
+        for a, b in zip(one, other, strict=True):
+            np.testing.assert_array_equal(a, b)
+    assert not np.array_equal(streamed[0][1], streamed[1][1])

@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_hjepa.model.hjepa import HJEPA, baseline, gather, key_of, sigreg, smooth_l1
+from mlx_hjepa.model.hjepa import BLOCK, HJEPA, Ahead, baseline, gather, key_of, keys_of, sigreg, smooth_l1
 from mlx_hjepa.model.vit import layer_norm
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -181,3 +181,16 @@ def test_sigreg_pulls_features_apart():
         z = z - 256 * slope(z, key_of(1, i))
         mx.eval(z)
     assert float(sigreg([layer_norm(z[:, None])], key_of(0, 2))) < before / 2
+
+
+def test_keys_made_ahead_are_those_of_their_steps():
+    keys = keys_of(2**31 - 1)
+    for step in (0, 1, BLOCK - 1, BLOCK, 3, 2**31):
+        np.testing.assert_array_equal(keys(step), key_of(2**31 - 1, step))
+
+
+def test_rows_are_made_once_a_block():
+    asked = []
+    ahead = Ahead(lambda step: asked.append(step) or [step, 0.5])
+    assert [np.array(ahead(step)).tolist() for step in (0, 1, BLOCK, BLOCK + 2)] == [[s, 0.5] for s in (0, 1, 64, 66)]
+    assert asked == list(range(2 * BLOCK))

@@ -23,7 +23,7 @@ from mlx_hjepa.analyze.flops import Row, flops_per_picture, key, parameters
 from mlx_hjepa.config import PICTURES, Config
 from mlx_hjepa.data.dataset import Pictures
 from mlx_hjepa.data.source import batches
-from mlx_hjepa.model.hjepa import HJEPA, key_of
+from mlx_hjepa.model.hjepa import HJEPA, keys_of
 from mlx_hjepa.run import RESULTS, UserError, read_json, write_atomically
 from mlx_hjepa.schedule import Schedule
 
@@ -72,14 +72,14 @@ def pulses(config: Config, make_step: Callable[..., Any]) -> Iterator[float]:
     """
     batch = config.training.batch
     side = {"digits": 8, "folder": config.data.image_size}.get(config.data.dataset, 32)
-    images = np.random.default_rng(0).integers(0, 256, (max(2_000, batch), side, side, 3), dtype=np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (max(2_000, 16 * batch), side, side, 3), dtype=np.uint8)
     source = batches(Pictures(images, None), config.data.source, 0, batch, 0, STEPS, config.data.threads)
     model, schedule = HJEPA(config, (0.5,) * 3, (0.25,) * 3), Schedule(config.training, 1_000)
     step = make_step(model, schedule, backend.precision(config.training.precision))
-    state, weights, previous = step.initial_state(), [1.0] * len(model.levels), None
+    state, weights, previous, keys = step.initial_state(), [1.0] * len(model.levels), None, keys_of(0)
     mark = time.perf_counter()
     for i, pictures in enumerate(source):
-        state, stats = step(state, pictures, key_of(0, i), step.scalars(i % schedule.total, weights))
+        state, stats = step(state, pictures, keys(i), step.scalars(i % schedule.total, weights))
         mx.async_eval(state.arrays(), stats)
         mx.eval(stats if previous is None else previous)
         previous = stats

@@ -56,7 +56,7 @@ def _resident(pictures: Pictures, seed: int, batch: int, steps: range, threads: 
     per_epoch, held = steps_per_epoch(n, batch), -1
     for step in steps:
         epoch, position = divmod(step, per_epoch)
-        if epoch != held:  # once an epoch; see step.BLOCK
+        if epoch != held:  # once an epoch; see hjepa.Ahead
             mixed, held = mx.array(order(seed, epoch, n).astype(np.uint32)), epoch
         yield whole[mixed[position * batch:(position + 1) * batch]]
 

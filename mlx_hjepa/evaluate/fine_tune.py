@@ -18,14 +18,14 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_hjepa import backend
-from mlx_hjepa.config import Augment, Training, section
+from mlx_hjepa.config import Augment, Data, Training, section
 from mlx_hjepa.data import Pictures, order
 from mlx_hjepa.data.augment import augment, normalise
 from mlx_hjepa.evaluate import check_labels
 from mlx_hjepa.evaluate.features import FrozenEncoder
 from mlx_hjepa.evaluate.subject import Progress, Splits
 from mlx_hjepa.metrics import probe_metrics
-from mlx_hjepa.model.hjepa import INIT_STEP, key_of
+from mlx_hjepa.model.hjepa import INIT_STEP, Ahead, key_of, keys_of
 from mlx_hjepa.model.vit import Encoder, Weights, linear_weights, patchify, pooled_features
 from mlx_hjepa.run import UserError
 from mlx_hjepa.schedule import Schedule
@@ -65,10 +65,11 @@ def fine_tune(encoder: FrozenEncoder, split: Splits, flip: bool, epochs: int | N
         "weight_decay": 0.05, "betas": (0.9, 0.999), "precision": backend.precision(precision)})
     tuning = Tuning(encoder, classes, Schedule(training, len(rows) // batch),
                     recipe.layer_decay if layer_decay is None else layer_decay, scratch, seed, flip, recipe.mix)
-    name, threads = "from scratch" if scratch else "fine-tuning", encoder.config.data.threads
+    name = "from scratch" if scratch else "fine-tuning"
     best, chosen, best_epoch, validation, losses = -1.0, tuning.parameters, 0, [], []
     for epoch in range(epochs):
-        losses.append(_epoch(tuning, _batches(split.train, rows, seed, epoch, batch, threads), progress, name))
+        losses.append(_epoch(tuning, _batches(split.train, rows, seed, epoch, batch, encoder.config.data), progress,
+                             name))
         if not np.isfinite(losses[-1]):
             raise UserError(f"{name}: the loss of epoch {epoch + 1} is not finite; the checkpoint may come from a run "
                             "that diverged")
@@ -99,19 +100,27 @@ def _labels(pictures: Pictures) -> np.ndarray:
 
 
 def _batches(pictures: Pictures, rows: np.ndarray, seed: int, epoch: int, batch: int,
-             threads: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """An epoch over `rows`: uint8 (batch, H, W, 3) and labels (batch,); the tail that fills no batch is dropped."""
+             data: Data) -> Iterator[tuple[mx.array, mx.array]]:
+    """An epoch over `rows`: uint8 (batch, H, W, 3) and labels (batch,); the tail that fills no batch is dropped.
+    Pictures of a folder are streamed, whatever the run did with its own."""
     chosen = rows[order(seed, epoch, len(rows))[: len(rows) // batch * batch]]
-    labels = _labels(pictures)[chosen].reshape(-1, batch)
-    yield from zip(pictures.stream(chosen, batch, threads), labels, strict=True)
+    labels = mx.array(_labels(pictures)[chosen])
+    if data.source == "resident" and pictures.names is None:
+        whole, places = pictures.resident, mx.array(chosen.astype(np.uint32))
+        parts = (places[start:start + batch] for start in range(0, len(chosen), batch))
+        images = (whole[part] for part in parts)
+    else:
+        images = map(mx.array, pictures.stream(chosen, batch, data.threads))
+    for i, x in enumerate(images):
+        yield x, labels[i * batch:(i + 1) * batch]
 
 
-def _epoch(tuning: Tuning, batches: Iterator[tuple[np.ndarray, np.ndarray]], progress: Progress | None,
+def _epoch(tuning: Tuning, batches: Iterator[tuple[mx.array, mx.array]], progress: Progress | None,
            name: str) -> float:
     """Train on the batches; returns their mean loss."""
     losses: list[mx.array] = []
     for images, labels in batches:
-        losses.append(tuning.update(mx.array(images), mx.array(labels)))
+        losses.append(tuning.update(images, labels))
         if len(losses) > 1:
             mx.eval(losses[-2])  # one step is prepared while the one before it runs
         if progress:
@@ -143,6 +152,7 @@ class Tuning:
         self.parameters = self._pack(weights)
         self.moments = [mx.zeros_like(self.parameters), mx.zeros_like(self.parameters)]
         self.step, self.traces = 0, 0
+        self.keys, self.scalars = keys_of(seed), Ahead(self._scalars)
         self._frozen = FrozenEncoder(encoder.config, encoder.weights, encoder.mean, encoder.std)
         self._compiled: Callable = mx.compile(self._update)
 
@@ -160,13 +170,16 @@ class Tuning:
 
     def update(self, images: mx.array, labels: mx.array) -> mx.array:
         """One step on uint8 (batch, H, W, 3) and labels (batch,); returns its loss, not yet computed."""
-        (b1, b2), t = self.schedule.training.betas, self.step + 1
-        scalars = mx.array([self.schedule.lr(self.step), 1 / (1 - b1**t), 1 / (1 - b2**t)])
         self.parameters, *self.moments, loss = self._compiled(self.parameters, *self.moments, images, labels,
-                                                              key_of(self.seed, self.step), scalars)
+                                                              self.keys(self.step), self.scalars(self.step))
         mx.async_eval(self.parameters, self.moments, loss)
         self.step += 1
         return loss
+
+    def _scalars(self, step: int) -> list[float]:
+        """The learning rate and the two bias corrections of Adam."""
+        b1, b2 = self.schedule.training.betas
+        return [self.schedule.lr(step), 1 / (1 - b1 ** (step + 1)), 1 / (1 - b2 ** (step + 1))]
 
     def scores(self, pictures: Pictures, rows: np.ndarray) -> np.ndarray:
         """The logits of whole pictures in fp32, (len(rows), classes): no augmentation, no drop path."""

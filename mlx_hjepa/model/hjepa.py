@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -15,11 +16,35 @@ from mlx_hjepa.model.vit import Encoder, Weights, layer_norm, patchify
 
 INIT_STEP, HEALTH_STEP = 2**32 - 1, 2**32 - 2  # places in the key space that no training step reaches
 SLICES = 64
+BLOCK = 64  # steps
 
 
 def key_of(seed: int, step: int) -> mx.array:
     """The random key of a step, a function of (seed, step) alone: a resumed run draws what it would have drawn."""
     return mx.random.key((seed << 32) | step)
+
+
+class Ahead:
+    """Numbers that a step needs as a small array, BLOCK steps' made at once: on CUDA making one waits for the device.
+
+    row: a step -> its numbers.
+    """
+
+    def __init__(self, row: Callable[[int], Sequence[float]], dtype: mx.Dtype = mx.float32):
+        self.row, self.dtype, self.block = row, dtype, -1
+
+    def __call__(self, step: int) -> mx.array:
+        """The row of a step, (numbers,)."""
+        block, i = divmod(step, BLOCK)
+        if block != self.block:
+            rows = [self.row(block * BLOCK + j) for j in range(BLOCK)]
+            self.block, self.rows = block, mx.array(rows, dtype=self.dtype)
+        return self.rows[i:i + 1].reshape(-1)  # an index would be an array made of the host's numbers
+
+
+def keys_of(seed: int) -> Ahead:
+    """`key_of(seed, step)` for one step after another."""
+    return Ahead(lambda step: (seed, step), mx.uint32)
 
 
 def _smooth_l1(prediction: mx.array, target: mx.array) -> mx.array:

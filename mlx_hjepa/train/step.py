@@ -8,18 +8,18 @@ buffer, and the gradients are concatenated once.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_hjepa.model.hjepa import HJEPA, baseline, sigreg, smooth_l1
+from mlx_hjepa.model.hjepa import HJEPA, Ahead, baseline, sigreg, smooth_l1
 from mlx_hjepa.model.vit import Weights
 from mlx_hjepa.schedule import Schedule
 
 DTYPES = {"fp32": mx.float32, "bf16": mx.bfloat16, "fp16": mx.float16}
 FIRST_SCALE, GROWTH_STEPS, LARGEST_SCALE = 2.0**15, 2000.0, 2.0**24  # fp16 loss scaling, as torch's GradScaler
-BLOCK = 64  # steps whose scalars are made at once: on CUDA an array made of the host's numbers waits for the device
 STATISTICS = ("loss", "grad_norm", "bad", "bad_in_a_row", "loss_scale")  # the losses of the levels follow
 
 
@@ -77,7 +77,7 @@ class Step:
         self.layout = Layout(*model.init())
         self.decayed = mx.array(self.layout.decayed())
         self.traces = {"step": 0, "part": 0, "update": 0, "health": 0}
-        self._block: tuple[int, list[float]] | None = None  # the steps and level weights that _rows holds scalars of
+        self._level_weights: list[float] = []
         self._whole: Any = mx.compile(self._step)
         self._part: Any = mx.compile(self._accumulate)
         self._update: Any = mx.compile(self._finish)
@@ -95,11 +95,10 @@ class Step:
     def scalars(self, step: int, level_weights: list[float]) -> mx.array:
         """What changes from step to step: lr, weight decay, EMA momentum, the two bias corrections of Adam (Kingma and
         Ba 2014, algorithm 1) and the weights of the levels, which sum to 1."""
-        block, row = divmod(step, BLOCK)
-        if (block, level_weights) != self._block:
-            self._block = block, list(level_weights)
-            self._rows = mx.array([self._row(block * BLOCK + i, level_weights) for i in range(BLOCK)])
-        return self._rows[row:row + 1].reshape(-1)  # an index would be an array made of the host's numbers
+        if level_weights != self._level_weights:
+            self._level_weights = list(level_weights)
+            self._scalars = Ahead(partial(self._row, level_weights=self._level_weights))
+        return self._scalars(step)
 
     def _row(self, step: int, level_weights: list[float]) -> list[float]:
         s, (b1, b2) = self.schedule, self.training.betas

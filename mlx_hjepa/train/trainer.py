@@ -20,7 +20,7 @@ from mlx_hjepa.data.dataset import load_dataset, validation_split
 from mlx_hjepa.data.source import batches, order, steps_per_epoch
 from mlx_hjepa.evaluate.features import FrozenEncoder
 from mlx_hjepa.evaluate.knn import knn_accuracy
-from mlx_hjepa.model.hjepa import HEALTH_STEP, HJEPA, key_of
+from mlx_hjepa.model.hjepa import HEALTH_STEP, HJEPA, key_of, keys_of
 from mlx_hjepa.run import Run, UserError, duration, write_atomically
 from mlx_hjepa.schedule import Schedule
 from mlx_hjepa.train import checkpoint, health
@@ -67,6 +67,7 @@ class Trainer:
         self.schedule = Schedule(config.training, self.epoch_steps)
         self.precision = backend.precision(config.training.precision)
         self.model = HJEPA(config, self.data.mean, self.data.std)
+        self.keys = keys_of(config.seed)
         self.step = Step(self.model, self.schedule, self.precision)
         self.bank, self.validation = validation_split(len(self.data.train), config.data.split_seed)
         self.unprobed = self.data.train.labels is None
@@ -143,7 +144,7 @@ class Trainer:
     def _advance(self, step: int, images: mx.array) -> None:
         """Queue one update; while it runs, the next is prepared, and the one before it is waited for."""
         scalars = self.step.scalars(step, self.progress["level_weights"])
-        self.state, statistics = self.step(self.state, images, key_of(self.config.seed, step), scalars)
+        self.state, statistics = self.step(self.state, images, self.keys(step), scalars)
         mx.async_eval(self.state.arrays(), statistics)
         if self.waiting:
             mx.eval(self.waiting[-1])
