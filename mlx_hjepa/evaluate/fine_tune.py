@@ -105,6 +105,7 @@ def _batches(pictures: Pictures, rows: np.ndarray, seed: int, epoch: int, batch:
     Pictures of a folder are streamed, whatever the run did with its own."""
     chosen = rows[order(seed, epoch, len(rows))[: len(rows) // batch * batch]]
     labels = mx.array(_labels(pictures)[chosen])
+    images: Iterator[mx.array]
     if data.source == "resident" and pictures.names is None:
         whole, places = pictures.resident, mx.array(chosen.astype(np.uint32))
         parts = (places[start:start + batch] for start in range(0, len(chosen), batch))
