@@ -4,9 +4,9 @@
     python benchmarks/ablate.py configs/vit_wide_20ep.yaml ladder.yaml --jobs 3 --seeds 0,1
 
 ladder.yaml maps a name to its overrides, as in `{base: [], blocks: [masking.select=blocks]}`. Each (name, seed) is
-an ordinary run of `mlx-hjepa train`, then scored on the held-out pictures by the protocols of `eval --validation`, the
-trained encoder alone, never on the test set. One that is finished is not run again, one cut off is resumed. Writes
-results/ablations/<ladder>.json, anew after each run.
+an ordinary run of `mlx-hjepa train` with data.hold_out, then scored on the pictures held out of it by the protocols of
+`eval --validation`, the trained encoder alone, never on the test set. One that is finished is not run again, one cut
+off is resumed. Writes results/ablations/<ladder>.json, anew after each run.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ SCORE = "--score-of"  # a process of its own for each run
 @friendly
 def main(config: Path, ladder: Path, jobs: int, seeds: str, common: tuple[str, ...]) -> None:
     changes = _changes(ladder)
+    common = ("data.hold_out=true", *common)
     work = [(name, int(seed), [*common, *changes[name]]) for seed in seeds.split(",") for name in changes]
     for name, seed, overrides in work:  # every mistake before any work
         load_config(config, [*overrides, f"seed={seed}", f"name={_run_name(ladder, name, seed)}"])

@@ -58,8 +58,8 @@ PositiveRange = Annotated[tuple[Positive, Positive], AfterValidator(_ordered)]
 
 
 class Data(Section):
-    """Where the pictures come from. `root`: a folder of pictures, or an unpacked CIFAR archive. `source`: unless given,
-    a folder's pictures are streamed and all others kept in the accelerator's memory."""
+    """Where the pictures come from. `root`: a folder of pictures, or an unpacked CIFAR archive. `source`: by default a
+    folder's are streamed, others kept in the accelerator's memory. `hold_out`: validation pictures train nothing."""
 
     dataset: Literal["cifar10", "cifar100", "digits", "folder"] = "cifar10"
     root: str | None = None
@@ -67,6 +67,7 @@ class Data(Section):
         default_factory=lambda known: "stream" if known.get("dataset") == "folder" else "resident")
     image_size: Count = 32
     split_seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    hold_out: bool = False
     threads: Count = 4
     on_corrupt: Literal["skip", "error"] = "error"
 
@@ -319,8 +320,7 @@ def load(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Confi
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a configuration is a mapping of sections such as data, model, training")
-    values = {key: value for key, value in values.items() if value is not None}  # a section left empty
-    values.setdefault("name", path.stem)
+    values = {"name": path.stem, **{key: value for key, value in values.items() if value is not None}}  # or left empty
     for item in overrides:
         _override(values, item)
     return build(values, str(path), overrides)

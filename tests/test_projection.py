@@ -48,6 +48,8 @@ def test_a_measured_machine_tells_the_time_of_a_run_and_of_other_models():
     measured(config, 1e-3)
     result = projection.project(config, None, None, lambda *_: pytest.fail("measured again"))
     assert result["parts"]["training"] == pytest.approx(7800 * (0.01 + 0.128), rel=1e-3)
+    fewer = projection.project(load(PRESET, ["data.hold_out=true"]), None, None, lambda *_: None)
+    assert (result["steps"], fewer["steps"]) == (20 * (50_000 // 128), 20 * (45_000 // 128))
     assert result["low"] < result["mid"] < result["high"]
     assert result["basis"] == "the fit of benchmarks/throughput.py on a chip, batch 32, 64, 128, 256"
     parts, basis = projection.describe(result)[1:]

@@ -107,6 +107,25 @@ def test_probe_and_health_look_at_the_target_encoder_and_at_the_pictures_held_ou
     assert float(weights[0]) == 1.0, "not the context encoder's, which begin at 0"
 
 
+@pytest.mark.parametrize("source", ["stream", "resident"])
+def test_pictures_held_out_are_never_trained_on_and_all_others_are(config, monkeypatch, capsys, source):
+    settings, seen, advance = config(data={"hold_out": True, "source": source}), set(), Trainer._advance
+    monkeypatch.setattr(Trainer, "_advance", lambda self, step, images: seen.update(
+        picture.tobytes() for picture in np.array(images)) or advance(self, step, images))
+    at = Trainer(settings, Run.create(settings), False)
+    held = validation_split(len(at.data.train), 0)[1]
+    assert at.fit()
+    assert lines(at.run, "end")[0]["step"] == 2 * ((1437 - 143) // 64)
+    printed = {place: picture.tobytes() for place, picture in enumerate(at.data.train.images)}
+    twice = {picture for picture in printed.values() if list(printed.values()).count(picture) > 1}
+    assert not {printed[place] for place in held} - twice & seen
+    left_out = [place for place in at.rows if printed[place] not in seen]
+    assert len(left_out) < 64  # the tails of the two epochs have few in common
+    assert len(at.rows) == 1437 - 143
+    assert "1,294 pictures of" in (said := capsys.readouterr().out)
+    assert "on 143 pictures held out" in said
+
+
 def test_checkpoints_by_the_minute_hold_the_configuration_and_only_the_last_are_kept(config):
     settings = config(checkpoints={"every_minutes": 1e-9, "every_epochs": 0, "keep": 2}, logging={"knn_every": 0})
     run = finished(settings)

@@ -344,7 +344,9 @@ def project(config: Config, speed: Speed, epochs: int | None = None, pictures: i
     c, pictures = config, pictures or PICTURES.get(config.data.dataset)
     if not pictures:
         raise UserError("data.dataset: folder needs the number of its training pictures (mlx-hjepa data tells it)")
-    epochs, per_epoch = epochs or c.training.epochs, pictures // c.training.batch
+    held = min(VALIDATION, pictures // 10)
+    epochs = epochs or c.training.epochs
+    per_epoch = (pictures - held * c.data.hold_out) // c.training.batch
     if not per_epoch:
         raise UserError(f"training.batch {c.training.batch} is larger than the {pictures} training pictures")
     (low, mid, high), total = speed.step(c.training.batch), epochs * per_epoch
@@ -358,7 +360,6 @@ def project(config: Config, speed: Speed, epochs: int | None = None, pictures: i
     known, guess = speed.costs._asdict(), estimated_costs(c, speed)._asdict()
     costs = {name: guess[name] if value is None else value for name, value in known.items()}
     cost = {name: value or 0.0 for name, value in costs.items()}
-    held = min(VALIDATION, pictures // 10)
     bank = min(BANK, pictures - held)
     parts = {
         "training": total * mid, "first_step": cost["first_step"],

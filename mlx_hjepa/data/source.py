@@ -41,29 +41,32 @@ def indices(seed: int, step: int, n: int, batch: int) -> np.ndarray:
 
 
 def batches(pictures: Pictures, source: Literal["stream", "resident"], seed: int, batch: int, start: int, stop: int,
-            threads: int) -> Iterator[mx.array]:
-    """uint8 (batch, H, W, 3) for the steps start .. stop - 1.
+            threads: int, rows: np.ndarray | None = None) -> Iterator[mx.array]:
+    """uint8 (batch, H, W, 3) for the steps start .. stop - 1. rows: the pictures to train on, by default all.
 
     Raises UserError when the batch is larger than the data, or a file changes or vanishes on the way.
     """
-    steps_per_epoch(len(pictures), batch)
+    rows = np.arange(len(pictures)) if rows is None else pictures.checked(rows)
+    steps_per_epoch(len(rows), batch)
     read = _resident if source == "resident" else _streamed
-    return read(pictures, seed, batch, range(start, stop), threads)
+    return read(pictures, rows, seed, batch, range(start, stop), threads)
 
 
-def _resident(pictures: Pictures, seed: int, batch: int, steps: range, threads: int) -> Iterator[mx.array]:
-    whole, n = pictures.resident, len(pictures)
+def _resident(pictures: Pictures, rows: np.ndarray, seed: int, batch: int, steps: range,
+              threads: int) -> Iterator[mx.array]:
+    whole, n = pictures.resident, len(rows)
     per_epoch, held = steps_per_epoch(n, batch), -1
     for step in steps:
         epoch, position = divmod(step, per_epoch)
         if epoch != held:  # once an epoch; see hjepa.Ahead
-            mixed, held = mx.array(order(seed, epoch, n).astype(np.uint32)), epoch
+            mixed, held = mx.array(rows[order(seed, epoch, n)].astype(np.uint32)), epoch
         yield whole[mixed[position * batch:(position + 1) * batch]]
 
 
-def _streamed(pictures: Pictures, seed: int, batch: int, steps: range, threads: int) -> Iterator[mx.array]:
+def _streamed(pictures: Pictures, rows: np.ndarray, seed: int, batch: int, steps: range,
+              threads: int) -> Iterator[mx.array]:
     stride = max(1, STREAMED // batch)
     for first in range(0, len(steps), stride):
-        part = [indices(seed, step, len(pictures), batch) for step in steps[first:first + stride]]
-        for images in pictures.stream(np.concatenate(part), batch, threads):
+        part = [indices(seed, step, len(rows), batch) for step in steps[first:first + stride]]
+        for images in pictures.stream(rows[np.concatenate(part)], batch, threads):
             yield mx.array(images)

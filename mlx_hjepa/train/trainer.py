@@ -63,13 +63,16 @@ class Trainer:
         self.data = load_dataset(config.data, say=self._note)
         if len(self.data.train) < FEWEST_PICTURES:
             raise UserError(f"{len(self.data.train)} training pictures are too few: it takes {FEWEST_PICTURES}")
-        self.epoch_steps = steps_per_epoch(len(self.data.train), config.training.batch)
+        self.bank, self.validation = validation_split(len(self.data.train), config.data.split_seed)
+        self.rows = np.arange(len(self.data.train))
+        if config.data.hold_out:
+            self.rows = np.setdiff1d(self.rows, self.validation)
+        self.epoch_steps = steps_per_epoch(len(self.rows), config.training.batch)
         self.schedule = Schedule(config.training, self.epoch_steps)
         self.precision = backend.precision(config.training.precision)
         self.model = HJEPA(config, self.data.mean, self.data.std)
         self.keys = keys_of(config.seed)
         self.step = Step(self.model, self.schedule, self.precision)
-        self.bank, self.validation = validation_split(len(self.data.train), config.data.split_seed)
         self.unprobed = self.data.train.labels is None
         self.probe = FrozenEncoder(config, {}, self.data.mean, self.data.std)
         self.alarm = health.Alarm()
@@ -116,7 +119,7 @@ class Trainer:
               closing(Watchdog(self._stand_still)) as watchdog):
             self._introduce(start)
             source = batches(self.data.train, self.config.data.source, self.config.seed, self.config.training.batch,
-                             start, total, self.config.data.threads)
+                             start, total, self.config.data.threads, self.rows)
             self.pace, self.saved = Pace(total, start), time.monotonic()
             self.waiting: list[mx.array] = []
             self.guesses: list[float] = []  # what the best constant guess would have cost each of them
@@ -172,7 +175,7 @@ class Trainer:
             self.log.keep(note)
         device = backend.device()
         self.log.line(f"{self.run.folder}: {c.model.dim} x {c.model.depth} encoder, {sizes.encoder_size / 1e6:.1f} M "
-                      f"weights, predictor {(sizes.size - sizes.encoder_size) / 1e6:.1f} M; {len(self.data.train):,} "
+                      f"weights, predictor {(sizes.size - sizes.encoder_size) / 1e6:.1f} M; {len(self.rows):,} "
                       f"pictures of {self.data.name}, {self.schedule.total:,} steps of {c.training.batch}; "
                       f"{self.precision} on {device['name']}")
         if start:
@@ -262,8 +265,9 @@ class Trainer:
             return
         self.progress["probed"] = step
         self.log.record("knn", step, epoch=step / self.epoch_steps, **scores)
+        which = "pictures held out" if self.config.data.hold_out else "held-out training pictures"
         self.log.line(f"epoch {step / self.epoch_steps:.1f}: online k-NN {100 * scores['levels']:.1f} % (levels), "
-                      f"{100 * scores['last']:.1f} % (last), on {len(self.validation):,} held-out training pictures")
+                      f"{100 * scores['last']:.1f} % (last), on {len(self.validation):,} {which}")
         if self.progress["best"] is None or scores["levels"] > self.progress["best"]["knn"]:
             self.progress["best"] = {"step": step, "knn": scores["levels"]}
 
