@@ -320,7 +320,7 @@ def load(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Confi
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a configuration is a mapping of sections such as data, model, training")
-    values = {"name": path.stem, **{key: value for key, value in values.items() if value is not None}}  # or left empty
+    values = {"name": path.stem, **{k: v for k, v in values.items() if v is not None}}  # a section may be left empty
     for item in overrides:
         _override(values, item)
     return build(values, str(path), overrides)
