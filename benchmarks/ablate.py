@@ -5,8 +5,9 @@
 
 ladder.yaml maps a name to its overrides, as in `{base: [], blocks: [masking.select=blocks]}`. Each (name, seed) is
 an ordinary run of `mlx-hjepa train` with data.hold_out, then scored on the pictures held out of it by the protocols of
-`eval --validation`, the trained encoder alone, never on the test set. One that is finished is not run again, one cut
-off is resumed. Writes results/ablations/<ladder>.json, anew after each run.
+`eval --validation`, the trained encoder alone, never on the test set. `seen` is the linear probe on pictures that it
+did not learn from either, but the encoder did: how much better it is there is what the encoder knows by heart. A run
+that is finished is not run again, one cut off is resumed. Writes results/ablations/<ladder>.json, anew after each run.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ from mlx_hjepa.evaluate.linear import probe
 from mlx_hjepa.evaluate.subject import Subject, mirrored, splits
 from mlx_hjepa.metrics import effective_rank
 from mlx_hjepa.run import RESULTS, Run, UserError, read_json, write_atomically
+from mlx_hjepa.train.trainer import same_run
 
-COLUMNS = (("knn", "levels"), ("linear", "levels"), ("knn", "last"), ("linear", "last"))
+COLUMNS = (("knn", "levels"), ("linear", "levels"), ("seen", "levels"), ("knn", "last"), ("linear", "last"))
 SCORE = "--score-of"  # a process of its own for each run
 
 
@@ -51,7 +53,9 @@ def main(config: Path, ladder: Path, jobs: int, seeds: str, common: tuple[str, .
     common = ("data.hold_out=true", *common)
     work = [(name, int(seed), [*common, *changes[name]]) for seed in seeds.split(",") for name in changes]
     for name, seed, overrides in work:  # every mistake before any work
-        load_config(config, [*overrides, f"seed={seed}", f"name={_run_name(ladder, name, seed)}"])
+        settings = load_config(config, [*overrides, f"seed={seed}", f"name={_run_name(ladder, name, seed)}"])
+        if (run := Run(RESULTS / settings.name)).config_file.exists():
+            same_run(settings, run)
     rows, out = [], RESULTS / "ablations" / f"{ladder.stem}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(jobs) as pool:
@@ -106,7 +110,8 @@ def score(run: Run) -> None:
         k = min(HEADLINE[0], len(train.plain))
         found[f"knn_{level}"] = knn_accuracy(train.plain, train.labels, test.plain, test.labels, classes, (k,),
                                              headline=(k, HEADLINE[1])).top1
-        found[f"linear_{level}"] = probe(train, test, split.validation, classes).accuracy
+        linear = probe(train, test, split.validation, classes)
+        found |= {f"linear_{level}": linear.accuracy, f"seen_{level}": max(linear.validation_accuracy.values())}
     last = subject.features("test", "last").plain
     seconds = json.loads(run.metrics_file.read_text().splitlines()[-1])["seconds"]
     run.evaluation.mkdir(exist_ok=True)

@@ -313,3 +313,8 @@ def test_a_ladder_is_trained_scored_and_not_run_again(tmp_path, monkeypatch):
         assert "no longer finite" in rows[2]["failed"] or "without a finite gradient" in rows[2]["failed"]
     written = Path("results/ladder-base-s0/metrics.jsonl").read_text()
     assert written.count('"kind": "start"') == 1
+    assert json.loads(written.splitlines()[-1])["step"] == (1437 - 143) // 32
+    Path("ladder.yaml").write_text("base: [training.lr=3e-3]\n")
+    result = CliRunner().invoke(ablate.main, command)
+    assert result.exit_code == 2
+    assert "ladder-base-s0 was started with another training.lr" in result.output
