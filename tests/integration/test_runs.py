@@ -59,8 +59,8 @@ def interrupt_at(monkeypatch, moments, number=signal.SIGINT):
     """Let the process get a signal while the batch of each of these steps is being read."""
     real = trainer.batches
 
-    def batches(pictures, source, seed, batch, start, stop, threads):
-        for step, images in enumerate(real(pictures, source, seed, batch, start, stop, threads), start):
+    def batches(pictures, source, seed, batch, start, stop, threads, rows):
+        for step, images in enumerate(real(pictures, source, seed, batch, start, stop, threads, rows), start):
             if step in moments:
                 moments.remove(step)
                 signal.raise_signal(number)
