@@ -201,15 +201,15 @@ def test_the_guard_of_the_steps_goes_on_after_a_resume(config):
     assert np.array(Trainer(settings, first.run, resume=True).state.guard).tolist() == guard
 
 
-@pytest.mark.parametrize("held", [("batches",), ("key_of",), ("batches", "key_of")])
+@pytest.mark.parametrize("held", [("batches",), ("keys_of",), ("batches", "keys_of")])
 def test_the_seed_orders_the_pictures_and_draws_what_is_random_in_a_step(config, monkeypatch, held):
     """Two seeds from the same weights: with one use of the seed held at 0, the other makes it another step."""
-    batches, key_of = trainer.batches, trainer.key_of
+    batches, keys_of = trainer.batches, trainer.keys_of
     if "batches" in held:
         monkeypatch.setattr(trainer, "batches", lambda pictures, source, seed, *rest: batches(
             pictures, source, 0, *rest))
-    if "key_of" in held:
-        monkeypatch.setattr(trainer, "key_of", lambda seed, step: key_of(0, step))
+    if "keys_of" in held:
+        monkeypatch.setattr(trainer, "keys_of", lambda seed: keys_of(0))
     moments: set[int] = set()
     interrupt_at(monkeypatch, moments)
     runs = []
