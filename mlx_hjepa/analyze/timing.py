@@ -21,13 +21,13 @@ import numpy as np
 from mlx_hjepa import backend
 from mlx_hjepa.analyze.flops import Row, flops_per_picture, key, parameters
 from mlx_hjepa.config import PICTURES, Config
-from mlx_hjepa.data.dataset import Pictures
+from mlx_hjepa.data.dataset import BANK, VALIDATION, Pictures
 from mlx_hjepa.data.source import batches
 from mlx_hjepa.model.hjepa import HJEPA, keys_of
 from mlx_hjepa.run import RESULTS, UserError, read_json, write_atomically
 from mlx_hjepa.schedule import Schedule
 
-HEALTH_PICTURES, VALIDATION, BANK = 512, 5_000, 10_000  # what a health check and the online k-NN encode at most
+HEALTH_PICTURES = 512  # what a health check encodes at most
 DISK = 0.5e9  # bytes a second of a checkpoint, hashed and synced, where none was measured
 STEPS = 1_000_000
 OVERLAPS = (1, 2, 3, 4)  # 1 first: of equals the simplest

@@ -25,6 +25,7 @@ except ImportError:  # no wheel: Python 3.14, Linux on Arm
     dx = None
 
 AHEAD = 8  # batches prepared before they are asked for
+VALIDATION, BANK = 5_000, 10_000  # pictures of the online k-NN, at most
 Say = Callable[[str], None]
 Colour = tuple[float, float, float]
 
@@ -182,6 +183,6 @@ def validation_split(n: int, split_seed: int) -> tuple[np.ndarray, np.ndarray]:
 
     Validation is 5,000 pictures, n // 10 when n < 50,000; the bank is 10,000 of the others, or all when fewer.
     """
-    held = min(5_000, n // 10)
+    held = min(VALIDATION, n // 10)
     mixed = permutation(n, (split_seed, 2**63))  # 2**63: no epoch's order
-    return np.sort(mixed[held:held + 10_000]), np.sort(mixed[:held])
+    return np.sort(mixed[held:held + BANK]), np.sort(mixed[:held])
