@@ -19,7 +19,7 @@ import numpy as np
 
 from mlx_hjepa import backend
 from mlx_hjepa.config import Augment, Data, Training, section
-from mlx_hjepa.data import Pictures, order
+from mlx_hjepa.data import Pictures, batches, order
 from mlx_hjepa.data.augment import augment, normalise
 from mlx_hjepa.evaluate import check_labels
 from mlx_hjepa.evaluate.features import FrozenEncoder
@@ -103,24 +103,18 @@ def _batches(pictures: Pictures, rows: np.ndarray, seed: int, epoch: int, batch:
              data: Data) -> Iterator[tuple[mx.array, mx.array]]:
     """An epoch over `rows`: uint8 (batch, H, W, 3) and labels (batch,); the tail that fills no batch is dropped.
     Pictures of a folder are streamed, whatever the run did with its own."""
-    chosen = rows[order(seed, epoch, len(rows))[: len(rows) // batch * batch]]
-    labels = mx.array(_labels(pictures)[chosen])
-    images: Iterator[mx.array]
-    if data.source == "resident" and pictures.names is None:
-        whole, places = pictures.resident, mx.array(chosen.astype(np.uint32))
-        parts = (places[start:start + batch] for start in range(0, len(chosen), batch))
-        images = (whole[part] for part in parts)
-    else:
-        images = map(mx.array, pictures.stream(chosen, batch, data.threads))
+    steps, source = len(rows) // batch, data.source if pictures.names is None else "stream"
+    labels = mx.array(_labels(pictures)[rows[order(seed, epoch, len(rows))]])
+    images = batches(pictures, source, seed, batch, epoch * steps, (epoch + 1) * steps, data.threads, rows)
     for i, x in enumerate(images):
         yield x, labels[i * batch:(i + 1) * batch]
 
 
-def _epoch(tuning: Tuning, batches: Iterator[tuple[mx.array, mx.array]], progress: Progress | None,
+def _epoch(tuning: Tuning, pairs: Iterator[tuple[mx.array, mx.array]], progress: Progress | None,
            name: str) -> float:
-    """Train on the batches; returns their mean loss."""
+    """Train on an epoch's batches; returns their mean loss."""
     losses: list[mx.array] = []
-    for images, labels in batches:
+    for images, labels in pairs:
         losses.append(tuning.update(images, labels))
         if len(losses) > 1:
             mx.eval(losses[-2])  # one step is prepared while the one before it runs
