@@ -87,6 +87,26 @@ def test_openblas_after_mlx_is_told_as_too_late():
     assert "too late" in reason
 
 
+@needs_openblas
+@pytest.mark.parametrize(("cores", "kind", "inside"), [(2, "cpu", (2, 1)), (1, "cpu", (1, 2)), (8, "cpu", (1, 2)),
+                                                       (2, "cuda", (1, 2))])
+def test_products_keep_to_their_streams_thread_while_there_are_two(cores, kind, inside):
+    code = f"""
+import ctypes, os
+os.environ["OPENBLAS_NUM_THREADS"] = "2"
+from mlx_hjepa import backend
+os.sched_getaffinity = lambda _: range({cores})
+backend.kind = lambda: {kind!r}
+now = lambda: (len(backend.streams()), ctypes.CDLL(None).openblas_get_num_threads())
+try:
+    with backend.side_by_side():
+        print(now(), end=" ")
+        raise KeyboardInterrupt
+except KeyboardInterrupt:
+    print(now())"""
+    assert python(code) == f"{inside} (1, 2)"
+
+
 @pytest.mark.skipif(sys.platform != "linux" or bool(backend.cuda_package()), reason="the Linux CPU back-end")
 def test_freed_memory_stays_with_the_process():
     code = """

@@ -1,11 +1,17 @@
 """The optimizer step: against a plain version, its traces, precision, accumulation, bad steps (invariants 1, 3)."""
 
+import os
+import sys
+
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
 import pytest
 
+from mlx_hjepa import backend
+from mlx_hjepa.model import hjepa
 from mlx_hjepa.model.hjepa import HJEPA, key_of, sigreg, smooth_l1
+from mlx_hjepa.model.vit import own_gradient
 from mlx_hjepa.schedule import Schedule
 from mlx_hjepa.train import step as step_module
 from mlx_hjepa.train.step import Layout, Step, part
@@ -100,6 +106,62 @@ def test_the_flat_compiled_step_equals_a_plain_one(tiny_config, clip, pull):
     size = np.abs(np.array(state.parameters)).max()
     assert max(np.abs(np.array(mine[k] - w)).max() for k, w in weights.items()) < 1e-5 * size
     assert max(np.abs(np.array(theirs[f"encoder.{k}"] - w)).max() for k, w in target.items()) < 1e-5 * size
+
+
+two_streams = pytest.mark.skipif(sys.platform != "linux" or backend.kind() != "cpu", reason="only Linux's CPU has two")
+
+
+@pytest.fixture
+def two_cores(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+
+
+@two_streams
+@pytest.mark.parametrize("batch", [4, 5])
+def test_half_a_batch_on_each_of_two_streams_is_the_same_step(tiny_config, two_cores, batch):
+    config = tiny_config(training={"sigreg": 0.05, "eps": 1e-6, "batch": batch}, masking={"masks_per_image": 2},
+                         model={"levels": [1, {"depth": 2, "pool": 2}]})
+    one, rows = run(step_of(config), 3, batch=batch)
+    with backend.side_by_side():
+        streams = backend.streams()
+        two, others = run(step_of(config), 3, batch=batch)
+    assert len(streams) == 2
+    assert streams[0] != streams[1]
+    assert np.allclose(rows, others, rtol=2e-5)
+    assert same(one, two) == (batch == 5), "an odd batch stays in one piece, an even one is summed in two"
+    for a, b in zip(one.arrays(), two.arrays(), strict=True):
+        assert np.abs(np.array(a) - np.array(b)).max() <= 1e-5 * np.abs(np.array(a)).max()
+
+
+@two_streams
+def test_halves_drop_paths_of_their_own(tiny_config, two_cores, monkeypatch):
+    step, keys = step_of(tiny_config(model={"drop_path": 0.5})), []
+    state, context = step.initial_state(), step.model.context
+    monkeypatch.setattr(step.model, "context", lambda *given: keys.append(given[3].tolist()) or context(*given))
+    arguments = (state.parameters, state.target, state.guard, pictures(), key_of(0, 0), step.scalars(0, [1.0] * 2))
+    step._gradient(*arguments)
+    with backend.side_by_side():
+        step._gradient(*arguments)
+    whole, first, second = keys
+    assert whole == first
+    assert first != second
+
+
+@two_streams
+def test_a_gradient_of_ones_own_stays_on_its_stream(two_cores):
+    used = []
+
+    def backward(x, dy, _):
+        used.append(mx.default_stream(mx.cpu))
+        return 2 * x * dy
+
+    square = own_gradient(lambda x: x * x, backward)
+    with backend.side_by_side():
+        first, second = backend.streams()
+        gradient = mx.grad(lambda x: hjepa.side_by_side(lambda _, part: [square(part)], x)[0].sum())(mx.arange(4.0))
+    assert gradient.tolist() == [0, 2, 4, 6]
+    assert sorted(map(str, used)) == sorted(map(str, (first, second)))
+    assert backend.streams() == [mx.default_stream(mx.cpu)]
 
 
 def test_ema_moves_after_the_update_by_that_steps_momentum(tiny_config):

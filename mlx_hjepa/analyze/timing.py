@@ -78,13 +78,14 @@ def pulses(config: Config, make_step: Callable[..., Any]) -> Iterator[float]:
     step = make_step(model, schedule, backend.precision(config.training.precision))
     state, weights, previous, keys = step.initial_state(), [1.0] * len(model.levels), None, keys_of(0)
     mark = time.perf_counter()
-    for i, pictures in enumerate(source):
-        state, stats = step(state, pictures, keys(i), step.scalars(i % schedule.total, weights))
-        mx.async_eval(state.arrays(), stats)
-        mx.eval(stats if previous is None else previous)
-        previous = stats
-        yield time.perf_counter() - mark
-        mark = time.perf_counter()
+    with backend.side_by_side():
+        for i, pictures in enumerate(source):
+            state, stats = step(state, pictures, keys(i), step.scalars(i % schedule.total, weights))
+            mx.async_eval(state.arrays(), stats)
+            mx.eval(stats if previous is None else previous)
+            previous = stats
+            yield time.perf_counter() - mark
+            mark = time.perf_counter()
 
 
 def measure(config: Config, make_step: Callable[..., Any], steps: int = 30, seconds: float = 10.0,

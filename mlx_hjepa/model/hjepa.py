@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
+from mlx_hjepa import backend
 from mlx_hjepa.config import Config
 from mlx_hjepa.data.augment import augment, normalise
 from mlx_hjepa.model.masks import MaskSampler
 from mlx_hjepa.model.predictor import Predictor
-from mlx_hjepa.model.vit import Encoder, Weights, layer_norm, patchify
+from mlx_hjepa.model.vit import Encoder, Weights, layer_norm, own_gradient, patchify
 
 INIT_STEP, HEALTH_STEP = 2**32 - 1, 2**32 - 2  # places in the key space that no training step reaches
 SLICES = 64
@@ -61,8 +61,20 @@ def _smooth_l1_vjp(primals, cotangent, _):
     return gradient.astype(prediction.dtype), mx.zeros_like(target)
 
 
-smooth_l1: Any = mx.custom_function(_smooth_l1)
-smooth_l1.vjp(_smooth_l1_vjp)
+smooth_l1 = own_gradient(_smooth_l1, _smooth_l1_vjp)
+
+
+def side_by_side(function: Callable[..., list[mx.array]], *arrays: mx.array) -> list[mx.array]:
+    """function(part, *arrays) -> arrays, all with the batch first: where there are two streams, half of it on each, and
+    the halves joined (part 0 and 1); elsewhere the whole, part 0."""
+    streams = backend.streams()
+    if len(streams) == 1 or any(len(a) % len(streams) for a in arrays):
+        return function(0, *arrays)
+    parts = []
+    for i, stream in enumerate(streams):
+        with mx.stream(stream):
+            parts.append(function(i, *(mx.split(a, len(streams))[i] for a in arrays)))
+    return [mx.concatenate(list(halves)) for halves in zip(*parts, strict=True)]
 
 
 def gather(x: mx.array, index: mx.array) -> mx.array:

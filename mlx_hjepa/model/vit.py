@@ -7,6 +7,7 @@ B pictures, n tokens, N = grid * grid tokens of a whole picture, D the width.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -30,6 +31,23 @@ Weights = dict[str, mx.array]
 def layer_norm(x: mx.array) -> mx.array:
     """LayerNorm without affine over the last axis; statistics in fp32, result in x's dtype."""
     return mx.fast.layer_norm(x, None, None, EPS)
+
+
+def own_gradient(forward: Callable, backward: Callable) -> Callable:
+    """`forward` with the gradient `backward(primals, cotangents, outputs)`, on the stream where `forward` ran: MLX
+    would take the default one."""
+    def function(*primals):
+        stream = mx.default_stream(mx.default_device())
+        made: Any = mx.custom_function(forward)
+
+        @made.vjp
+        def gradient(*arguments):
+            with mx.stream(stream):
+                return backward(*arguments)
+
+        return made(*primals)
+
+    return function
 
 
 def exact_sigmoid(x: mx.array, square: mx.array) -> mx.array:
@@ -70,8 +88,7 @@ def _gelu_vjp(x, dy, _):
     return (s * dy.astype(mx.float32) * slope).astype(x.dtype)  # 11 steps deep, the most that mx.compile fuses
 
 
-gelu: Any = mx.custom_function(_gelu)
-gelu.vjp(_gelu_vjp)
+gelu = own_gradient(_gelu, _gelu_vjp)
 
 
 @cache
@@ -101,9 +118,7 @@ def _attend(heads: int) -> Any:
         grads = mx.stack([ds @ k, ds.transpose(0, 1, 3, 2) @ q, scores.transpose(0, 1, 3, 2) @ dy])
         return grads.transpose(1, 3, 0, 2, 4).reshape(b, n, -1)
 
-    attend = mx.custom_function(forward)
-    attend.vjp(backward)
-    return attend
+    return own_gradient(forward, backward)
 
 
 def attention(w: Weights, prefix: str, x: mx.array, heads: int, fused: bool) -> mx.array:

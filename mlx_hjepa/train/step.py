@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_hjepa.model.hjepa import HJEPA, Ahead, baseline, sigreg, smooth_l1
+from mlx_hjepa.model.hjepa import HJEPA, Ahead, baseline, side_by_side, sigreg, smooth_l1
 from mlx_hjepa.model.vit import Weights
 from mlx_hjepa.schedule import Schedule
 
@@ -144,12 +144,16 @@ class Step:
         patches = model.prepare(images, augment_key).astype(self.dtype)
         seen, wanted = model.masks(images.shape[0], mask_key)
         target = part(layout.views(t.astype(self.dtype)), "encoder")
-        goal = model.at_targets(model.targets(target, patches), wanted)
+        goal = model.at_targets(side_by_side(lambda _, x: model.targets(target, x), patches), wanted)
         weights, scale = scalars[5:], guard[2]
 
         def loss(leaves):
-            context = model.context(part(leaves, "encoder"), patches, seen, drop_key)
-            levels = smooth_l1(model.predictor(part(leaves, "predictor"), context, seen, wanted), goal)
+            def outputs(i, patches, seen, wanted):
+                context = model.context(part(leaves, "encoder"), patches, seen, drop_key + i if i else drop_key)
+                return [model.predictor(part(leaves, "predictor"), context, seen, wanted), *context]
+
+            guess, *context = side_by_side(outputs, patches, seen, wanted)
+            levels = smooth_l1(guess, goal)
             total = (levels * weights).sum()
             share = self.training.sigreg
             driven = total + share * sigreg(context, mx.random.split(drop_key)[1]) if share else total
