@@ -163,21 +163,23 @@ class Step:
         return layout.pack(gradients).astype(mx.float32), losses
 
     def _apply(self, p, m, v, t, guard, gradient, losses, scalars):
-        """Clip, AdamW (Loshchilov and Hutter 2017, algorithm 2), EMA; nothing moves when the gradient is not finite."""
+        """Clip, AdamW (Loshchilov and Hutter 2017, algorithm 2), EMA. Where the gradient is not finite, factors are 1
+        and addends 0, so that nothing moves."""
         lr, decay, momentum, rate, spread = mx.split(scalars[:5], 5)
-        b1, b2 = self.training.betas
         gradient = gradient / guard[2]
         norm = _norm(gradient)
         good = mx.isfinite(norm) & mx.isfinite(losses[0])
-        g = gradient * mx.minimum(1.0, self.training.clip / (norm + 1e-6))
-        m1 = b1 * m + (1 - b1) * g
-        v1 = b2 * v + (1 - b2) * g * g
-        p1 = p * (1 - lr * decay * self.decayed) - rate * m1 / (mx.sqrt(v1) * spread + self.training.eps)
-        t1 = momentum * t + (1 - momentum) * p1[: self.layout.encoder_size]
-        new = [mx.where(good, after, before) for after, before in ((p1, p), (m1, m), (v1, v), (t1, t))]
+        b1, b2 = self.training.betas
+        keep1, keep2 = mx.where(good, b1, 1.0), mx.where(good, b2, 1.0)
+        add1, add2, lr, rate = (mx.where(good, x, 0.0) for x in (1 - b1, 1 - b2, lr, rate))
+        g = mx.where(good, gradient * mx.minimum(1.0, self.training.clip / (norm + 1e-6)), 0.0)
+        m = keep1 * m + add1 * g
+        v = keep2 * v + add2 * g * g
+        p = p * (1 - lr * decay * self.decayed) - rate * m / (mx.sqrt(v) * spread + self.training.eps)
+        t = mx.where(good, momentum * t + (1 - momentum) * p[: self.layout.encoder_size], t)
         guard = self._guard(guard, good)
         statistics = mx.concatenate([mx.stack([losses[0], norm, guard[1], guard[0], guard[2]]), losses[1:]])
-        return (*new, guard, statistics)
+        return p, m, v, t, guard, statistics
 
     def _guard(self, guard: mx.array, good: mx.array) -> mx.array:
         """Count bad steps; in fp16 halve the loss scale after one and double it after GROWTH_STEPS good ones."""
