@@ -147,7 +147,7 @@ def kind() -> Literal["metal", "cuda", "cpu"]:
 
 
 def streams() -> list[Any]:
-    """The streams that a step is traced for: the default one, and a second inside `side_by_side`."""
+    """The streams that a step or an encoder is traced for: the default one, and a second inside `side_by_side`."""
     import mlx.core as mx
 
     return list(_streams) or [mx.default_stream(mx.default_device())]
@@ -155,12 +155,12 @@ def streams() -> list[Any]:
 
 @contextlib.contextmanager
 def side_by_side() -> Iterator[None]:
-    """Inside, a training step on a Linux CPU with two cores computes half a batch on each; elsewhere it does nothing.
+    """Inside, what is traced on a Linux CPU with two cores computes half a batch on each; elsewhere it does nothing.
 
     MLX's CPU back-end has one thread for each stream, and OpenBLAS's further ones serve one stream at a time: so each
     stream's products keep to its own. With more than two cores it was not measured.
     """
-    if kind() != "cpu" or sys.platform != "linux" or len(os.sched_getaffinity(0)) != 2:
+    if _streams or kind() != "cpu" or sys.platform != "linux" or len(os.sched_getaffinity(0)) != 2:
         yield
         return
     threads = _product_threads(1)

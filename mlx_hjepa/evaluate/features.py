@@ -10,10 +10,11 @@ from typing import Any, Literal
 import mlx.core as mx
 import numpy as np
 
+from mlx_hjepa import backend
 from mlx_hjepa.config import Config
 from mlx_hjepa.data.augment import normalise, resize
 from mlx_hjepa.data.dataset import Pictures
-from mlx_hjepa.model.hjepa import HJEPA
+from mlx_hjepa.model.hjepa import HJEPA, side_by_side
 from mlx_hjepa.model.vit import Encoder, Weights, patchify, pooled_features
 from mlx_hjepa.run import Run, UserError, read_arrays
 
@@ -48,7 +49,10 @@ class FrozenEncoder:
         return value.hexdigest()
 
     def _pooled(self, weights: Weights, images: mx.array) -> mx.array:
-        return pooled_features(self.encoder(weights, self.patches(images), fused=True))
+        def pooled(_, patches):
+            return [pooled_features(self.encoder(weights, patches, fused=True))]
+
+        return side_by_side(pooled, self.patches(images))[0]
 
     def patches(self, images: mx.array) -> mx.array:
         """uint8 (n, H, W, 3) -> the whole pictures' normalised patches, fp32 (n, N, patch * patch * 3)."""
@@ -60,11 +64,12 @@ class FrozenEncoder:
         if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
             raise ValueError(f"images must be uint8 (n, H, W, 3), not {images.dtype} {images.shape}")
         out = np.empty((len(images), len(self.depths), self.dim), np.float32)
-        for start in range(0, len(images), BATCH):
-            x = np.ascontiguousarray(images[start : start + BATCH, :, :: -1 if mirror else 1])
-            short = min(BATCH, len(images)) - len(x)  # one shape, one trace
-            padded = np.concatenate([x, np.zeros((short, *x.shape[1:]), np.uint8)]) if short else x
-            out[start : start + len(x)] = np.array(self._forward(self.weights, mx.array(padded)))[: len(x)]
+        with backend.side_by_side():
+            for start in range(0, len(images), BATCH):
+                x = np.ascontiguousarray(images[start : start + BATCH, :, :: -1 if mirror else 1])
+                short = min(BATCH, len(images)) - len(x)  # one shape, one trace
+                padded = np.concatenate([x, np.zeros((short, *x.shape[1:]), np.uint8)]) if short else x
+                out[start : start + len(x)] = np.array(self._forward(self.weights, mx.array(padded)))[: len(x)]
         return out
 
     def features(self, images: np.ndarray, level: str | int = "levels") -> np.ndarray:
