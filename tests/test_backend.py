@@ -110,6 +110,13 @@ except KeyboardInterrupt:
 
 
 @pytest.mark.skipif(sys.platform != "linux" or bool(backend.cuda_package()), reason="the Linux CPU back-end")
+def test_operations_of_both_streams_are_queued_unless_told_otherwise():
+    code = "import os, mlx_hjepa; print(os.environ['MLX_BFS_MAX_WIDTH'])"
+    assert int(python(code)) > 2_000
+    assert python(code, MLX_BFS_MAX_WIDTH="7") == "7"
+
+
+@pytest.mark.skipif(sys.platform != "linux" or bool(backend.cuda_package()), reason="the Linux CPU back-end")
 def test_freed_memory_stays_with_the_process():
     code = """
 import resource
