@@ -1,10 +1,12 @@
 """Shared by all tests. Importing the package first lets it load OpenBLAS before MLX is imported."""
 
 import copy
+import os
+import sys
 
 import pytest
 
-from mlx_hjepa import config
+from mlx_hjepa import backend, config
 
 TINY = {
     "name": "tiny",
@@ -28,3 +30,11 @@ def tiny_config():
                 values[key] = value
         return config.build(values)
     return build
+
+
+@pytest.fixture
+def two_cores(monkeypatch):
+    """As on a machine with two cores, where `backend.side_by_side` gives two streams."""
+    if sys.platform != "linux" or backend.kind() != "cpu":
+        pytest.skip("only Linux's CPU back-end has two streams")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})

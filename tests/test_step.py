@@ -1,8 +1,5 @@
 """The optimizer step: against a plain version, its traces, precision, accumulation, bad steps (invariants 1, 3)."""
 
-import os
-import sys
-
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
@@ -108,15 +105,6 @@ def test_the_flat_compiled_step_equals_a_plain_one(tiny_config, clip, pull):
     assert max(np.abs(np.array(theirs[f"encoder.{k}"] - w)).max() for k, w in target.items()) < 1e-5 * size
 
 
-two_streams = pytest.mark.skipif(sys.platform != "linux" or backend.kind() != "cpu", reason="only Linux's CPU has two")
-
-
-@pytest.fixture
-def two_cores(monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
-
-
-@two_streams
 @pytest.mark.parametrize("batch", [4, 5])
 def test_half_a_batch_on_each_of_two_streams_is_the_same_step(tiny_config, two_cores, batch):
     config = tiny_config(training={"sigreg": 0.05, "eps": 1e-6, "batch": batch}, masking={"masks_per_image": 2},
@@ -133,7 +121,6 @@ def test_half_a_batch_on_each_of_two_streams_is_the_same_step(tiny_config, two_c
         assert np.abs(np.array(a) - np.array(b)).max() <= 1e-5 * np.abs(np.array(a)).max()
 
 
-@two_streams
 def test_halves_drop_paths_of_their_own(tiny_config, two_cores, monkeypatch):
     step, keys = step_of(tiny_config(model={"drop_path": 0.5})), []
     state, context = step.initial_state(), step.model.context
@@ -147,7 +134,6 @@ def test_halves_drop_paths_of_their_own(tiny_config, two_cores, monkeypatch):
     assert first != second
 
 
-@two_streams
 def test_a_gradient_of_ones_own_stays_on_its_stream(two_cores):
     used = []
 

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 
 from mlx_hjepa import backend
+from mlx_hjepa.analyze import timing
 from mlx_hjepa.config import Config, Data, Level, Model, Section
 from mlx_hjepa.data.dataset import validation_split
 from mlx_hjepa.run import Run, UserError
 from mlx_hjepa.train import checkpoint, trainer
+from mlx_hjepa.train.step import Step
 from mlx_hjepa.train.trainer import Trainer, train
 
 STEPS = 44
@@ -55,6 +57,17 @@ def test_the_step_is_traced_once_in_a_whole_run_and_after_a_resume(config):
     assert again.progress["step"] == 22
     assert again.fit()
     assert again.step.traces == {"step": 1, "part": 0, "update": 0, "health": 1}
+
+
+def test_training_and_its_timing_take_both_cores(config, two_cores, monkeypatch):
+    gradient, streams, settings = Step._gradient, [], config()
+    monkeypatch.setattr(Step, "_gradient", lambda *a: streams.append(len(backend.streams())) or gradient(*a))
+    finished(settings)
+    beat = timing.pulses(settings, Step)
+    next(beat)
+    beat.close()
+    assert streams == [2, 2]
+    assert len(backend.streams()) == 1
 
 
 def test_the_device_is_read_only_for_log_lines(config, monkeypatch):
