@@ -85,7 +85,7 @@ def keep_pages() -> None:
 
 def queue_widely() -> None:
     """Let the Linux CPU back-end queue operations by their depth in the graph, so that two streams work at a time
-    (`side_by_side`): of a graph wider than 20, MLX's own limit, it queues all of one stream's before the other's."""
+    (`both_cores`): of a graph wider than 20, MLX's own limit, it queues all of one stream's before the other's."""
     if sys.platform == "linux" and not cuda_package():
         os.environ.setdefault("MLX_BFS_MAX_WIDTH", "100000")
 
@@ -147,14 +147,14 @@ def kind() -> Literal["metal", "cuda", "cpu"]:
 
 
 def streams() -> list[Any]:
-    """The streams that a step or an encoder is traced for: the default one, and a second inside `side_by_side`."""
+    """The streams that a step or an encoder is traced for: the default one, and a second inside `both_cores`."""
     import mlx.core as mx
 
     return list(_streams) or [mx.default_stream(mx.default_device())]
 
 
 @contextlib.contextmanager
-def side_by_side() -> Iterator[None]:
+def both_cores() -> Iterator[None]:
     """Inside, what is traced on a Linux CPU with two cores computes half a batch on each; elsewhere it does nothing.
 
     MLX's CPU back-end has one thread for each stream, and OpenBLAS's further ones serve one stream at a time: so each

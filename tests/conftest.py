@@ -34,7 +34,7 @@ def tiny_config():
 
 @pytest.fixture
 def two_cores(monkeypatch):
-    """As on a machine with two cores, where `backend.side_by_side` gives two streams."""
+    """As on a machine with two cores, where `backend.both_cores` gives two streams."""
     if sys.platform != "linux" or backend.kind() != "cpu":
         pytest.skip("only Linux's CPU back-end has two streams")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})

@@ -110,7 +110,7 @@ def test_half_a_batch_on_each_of_two_streams_is_the_same_step(tiny_config, two_c
     config = tiny_config(training={"sigreg": 0.05, "eps": 1e-6, "batch": batch}, masking={"masks_per_image": 2},
                          model={"levels": [1, {"depth": 2, "pool": 2}]})
     one, rows = run(step_of(config), 3, batch=batch)
-    with backend.side_by_side():
+    with backend.both_cores():
         streams = backend.streams()
         two, others = run(step_of(config), 3, batch=batch)
     assert len(streams) == 2
@@ -127,7 +127,7 @@ def test_halves_drop_paths_of_their_own(tiny_config, two_cores, monkeypatch):
     monkeypatch.setattr(step.model, "context", lambda *given: keys.append(given[3].tolist()) or context(*given))
     arguments = (state.parameters, state.target, state.guard, pictures(), key_of(0, 0), step.scalars(0, [1.0] * 2))
     step._gradient(*arguments)
-    with backend.side_by_side():
+    with backend.both_cores():
         step._gradient(*arguments)
     whole, first, second = keys
     assert whole == first
@@ -142,7 +142,7 @@ def test_a_gradient_of_ones_own_stays_on_its_stream(two_cores):
         return 2 * x * dy
 
     square = own_gradient(lambda x: x * x, backward)
-    with backend.side_by_side():
+    with backend.both_cores():
         first, second = backend.streams()
         gradient = mx.grad(lambda x: hjepa.side_by_side(lambda _, part: [square(part)], x)[0].sum())(mx.arange(4.0))
     assert gradient.tolist() == [0, 2, 4, 6]

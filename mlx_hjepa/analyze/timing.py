@@ -78,7 +78,7 @@ def pulses(config: Config, make_step: Callable[..., Any]) -> Iterator[float]:
     step = make_step(model, schedule, backend.precision(config.training.precision))
     state, weights, previous, keys = step.initial_state(), [1.0] * len(model.levels), None, keys_of(0)
     mark = time.perf_counter()
-    with backend.side_by_side():
+    with backend.both_cores():
         for i, pictures in enumerate(source):
             state, stats = step(state, pictures, keys(i), step.scalars(i % schedule.total, weights))
             mx.async_eval(state.arrays(), stats)

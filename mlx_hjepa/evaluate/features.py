@@ -64,7 +64,7 @@ class FrozenEncoder:
         if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
             raise ValueError(f"images must be uint8 (n, H, W, 3), not {images.dtype} {images.shape}")
         out = np.empty((len(images), len(self.depths), self.dim), np.float32)
-        with backend.side_by_side():
+        with backend.both_cores():
             for start in range(0, len(images), BATCH):
                 x = np.ascontiguousarray(images[start : start + BATCH, :, :: -1 if mirror else 1])
                 short = min(BATCH, len(images)) - len(x)  # one shape, one trace

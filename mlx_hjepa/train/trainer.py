@@ -115,7 +115,7 @@ class Trainer:
         start, total = self.progress["step"], self.schedule.total
         self.kept = start  # the step of the newest checkpoint
         began, seconds = time.monotonic(), self.progress["seconds"]
-        with (Log(self.run, self.config, start, total) as self.log, _signals() as asked, backend.side_by_side(),
+        with (Log(self.run, self.config, start, total) as self.log, _signals() as asked, backend.both_cores(),
               closing(Watchdog(self._stand_still)) as watchdog):
             self._introduce(start)
             source = batches(self.data.train, self.config.data.source, self.config.seed, self.config.training.batch,
