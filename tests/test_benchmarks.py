@@ -288,9 +288,9 @@ def test_mac_check_writes_one_file_of_this_run_alone(tmp_path):
 
 def test_mac_check_ends_at_its_deadline(tmp_path):
     parts, took = mac_check(tmp_path, MAC_CHECK_SECONDS="1")
-    assert parts["doctor"]["limit"] == 1
     assert parts["throughput"]["status"] == 124  # the longest; what ends within a second may
-    assert all(parts[name]["limit"] <= 1 for name in ("tests", "resume", "throughput", "loader"))
+    limits = [parts[name]["limit"] for name in ("doctor", "tests", "resume", "throughput", "loader")]
+    assert max(limits) <= 1, "whole seconds of the shell's clock: the first part may find the one gone"
     assert took < 20
 
 
