@@ -116,11 +116,13 @@ def _resume_anew(run: Run) -> None:
 @click.option("--root", help="Where the pictures are: an unpacked archive, or a folder of pictures.")
 @click.option("--fine-tune-epochs", type=(click.IntRange(0, 100), click.IntRange(0)),
               help="Epochs of fine-tuning and from scratch, 0 to leave out (both with --all only). [default: 100 200]")
+@click.option("--fine-tune-size", type=click.IntRange(min=1),
+              help="Fine-tune at so many pixels a side (1.5 times the run's pay), not at the run's.")
 @as_json
 @friendly
 def evaluate(runs: tuple[str, ...], everything: bool, checkpoint: str, encoder: str, subset: int | None,
              validation: bool, dataset: str | None, root: str | None, fine_tune_epochs: tuple[int, int] | None,
-             as_json: bool, **asked: bool) -> None:
+             fine_tune_size: int | None, as_json: bool, **asked: bool) -> None:
     """Score RUN, the newest by default, beside raw pixels and its untrained encoder.
 
     Without a protocol: k-NN and linear probe. Several runs are also put side by side in one table; of published ones
@@ -136,10 +138,13 @@ def evaluate(runs: tuple[str, ...], everything: bool, checkpoint: str, encoder: 
             raise UserError("--fine-tune-epochs 0 0 leaves both out: leave out --fine-tune instead")
         asked["fine_tune"] = False
     protocols = report.Protocols(**{**asked, "linear": asked["linear"] or asked["augmented"]}, context=everything,
-                                 fine_tune_epochs=fine_tune_epochs)
+                                 fine_tune_epochs=fine_tune_epochs, fine_tune_size=fine_tune_size)
     opened, reports = [Run.open(r) for r in runs] or [Run.newest()], []
     wanted = []
     for run in opened:  # every mistake before any work
+        if fine_tune_size and fine_tune_size % run.config.model.patch:
+            raise UserError(f"--fine-tune-size {fine_tune_size}: give a multiple of {run.config.model.patch}, the side "
+                            f"of a patch of {run.folder}")
         what = report.Target(encoder, checkpoint, subset, _pictures(run, dataset, root),  # type: ignore[arg-type]
                              validation)
         published = report.published(run) if plain and what == report.Target() else None

@@ -213,6 +213,21 @@ def test_defaults_and_settings(encoder, digits):
     assert not fine_tune(encoder, split, False, epochs=1)["settings"]["augment"]["flip"]
 
 
+def test_another_size_makes_other_tokens_and_the_runs_own_the_same(encoder, digits, tunings):
+    split = splits(digits, 0, 200)
+    same, own, larger = (fine_tune(encoder, split, False, epochs=1, precision="fp32", size=s) for s in (None, 16, 24))
+    assert [f["settings"]["size"] for f in (same, own, larger)] == [None, 16, 24]
+    assert same["loss"] == own["loss"] != larger["loss"]
+    assert [t.encoder.positions.shape[0] for t in tunings] == [16, 16, 36]
+    trained, seen = tunings[2], digits.test.read(np.arange(5))
+    patches = trained._frozen.patches(mx.array(seen))
+    assert patches.shape == (5, 36, 48)
+    scores = trained.scores(digits.test, np.arange(5))  # scored as it was trained: at 24 pixels, in the finer grid
+    weights = trained.weights()
+    feature = module.pooled_features(trained.encoder(weights, patches)[-1:])[:, 0]
+    np.testing.assert_allclose(scores, np.array(feature @ weights["head.weight"] + weights["head.bias"]), atol=1e-4)
+
+
 def test_mistakes_are_named(encoder, digits):
     wrong = Dataset(**{**vars(digits), "classes": digits.classes[:5]})
     with pytest.raises(UserError, match="labels from 0 to 9; the data set has 5 classes"):

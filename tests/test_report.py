@@ -381,6 +381,8 @@ def test_a_run_of_other_code(run, cli):
 def test_options_that_make_no_sense(run, cli):
     assert "data.root" in mistake(cli("eval", "--dataset", "folder"))
     assert "leaves both out" in mistake(cli("eval", "--fine-tune", "--fine-tune-epochs", 0, 0))
+    told = mistake(cli("eval", "--fine-tune", "--fine-tune-size", 9))
+    assert "--fine-tune-size 9: give a multiple of 2, the side of a patch of results/tiny" in told
     for words in (["--root", "p"], ["--dataset", "digits", "--root", "p"]):
         assert "--root p: the digits come with scikit-learn and have no folder" in mistake(cli("eval", *words))
     for words in (["--fine-tune-epochs", "101", "0"], ["--fine-tune-epochs", "1"], ["--subset", "5"]):
@@ -450,7 +452,7 @@ def test_each_protocol_says_how_it_ran_and_the_last_time_counts(run, monkeypatch
 
 
 def test_what_is_done_outlives_an_interruption(run, monkeypatch):
-    def interrupted(*_):
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(module, "fine_tune", interrupted)
@@ -756,6 +758,16 @@ def test_the_comparison_keeps_fine_tuning_of_different_lengths_apart():
     short, long, _ = list(found["seeds"][0]["scores"].values())[-3:]
     assert (short["accuracy"], long) == (pytest.approx(0.65), None)  # no mean over different lengths either
     assert side_by_side(*runs)["run"].split("┃")[-4:-1] == ["   5 epochs ", " 100 epochs ", "    20 epochs "]
+
+
+def test_the_comparison_keeps_fine_tuning_at_other_sizes_apart():
+    larger = tuning(0.9, 5) | {"settings": {"size": 48}}
+    runs = [row("a", 0.7, 0, fine_tune=tuning(0.8, 5) | {"settings": {"size": None}}), row("b", 0.7, 1, fine_tune=larger)]
+    found = summary.compare(runs)
+    assert found["columns"][-2:] == ["fine-tuned, 5 epochs", "fine-tuned, 5 epochs, 48 px"]
+    assert [[s and s["accuracy"] for s in list(r["scores"].values())[-2:]] for r in found["runs"]] == [
+        [0.8, None], [None, 0.9]]
+    assert "px" not in side_by_side(*runs[:1])["run"]
 
 
 @pytest.mark.parametrize("width", [60, 80, 100])

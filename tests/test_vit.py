@@ -108,6 +108,13 @@ def test_positions_tell_every_place_apart():
     assert np.abs(table).max() <= 1
 
 
+def test_a_finer_grid_lies_where_the_trained_one_does():
+    table, finer = positions(2, 16), positions(6, 16, 2)
+    middle = finer.reshape(6, 6, 16)[1::3, 1::3].reshape(4, 16)  # three tokens a side where there was one
+    np.testing.assert_allclose(middle, table, atol=1e-6)
+    np.testing.assert_array_equal(positions(2, 16, 2), table)
+
+
 def test_a_subset_of_tokens_gets_its_own_positions(tiny_config):
     encoder = Encoder(tiny_config())
     w = encoder.init(mx.random.key(0))

@@ -26,12 +26,13 @@ class FrozenEncoder:
 
     A picture's feature at a depth is the mean over tokens of the LayerNorm-ed output there. `depths` are those that
     are computed: the levels', and with `last_four` the last four blocks' too; `levels` are the levels' alone.
+    `size`: pixels a side that pictures are brought to, by default the configuration's.
     """
 
     def __init__(self, config: Config, weights: Weights, mean: tuple[float, ...], std: tuple[float, ...],
-                 last_four: bool = False):
+                 last_four: bool = False, size: int | None = None):
         self.config, self.weights, self.mean, self.std = config, weights, mean, std
-        self.encoder = Encoder(config)
+        self.size, self.encoder = size or config.data.image_size, Encoder(config, size)
         self.levels, self.dim = self.encoder.depths, self.encoder.dim
         if last_four:
             first = max(1, self.encoder.depth - 3)
@@ -56,7 +57,7 @@ class FrozenEncoder:
 
     def patches(self, images: mx.array) -> mx.array:
         """uint8 (n, H, W, 3) -> the whole pictures' normalised patches, fp32 (n, N, patch * patch * 3)."""
-        x = normalise(resize(images, self.config.data.image_size), self.mean, self.std)
+        x = normalise(resize(images, self.size), self.mean, self.std)
         return patchify(x, self.config.model.patch)
 
     def depth_features(self, images: np.ndarray, mirror: bool = False) -> np.ndarray:

@@ -48,14 +48,16 @@ FINE_TUNE, SCRATCH = Recipe(100, 0.75, True), Recipe(200, 1.0, False)
 
 def fine_tune(encoder: FrozenEncoder, split: Splits, flip: bool, epochs: int | None = None, scratch: bool = False,
               seed: int = 0, progress: Progress | None = None, batch: int = 256, lr: float = LR,
-              layer_decay: float | None = None, precision: Literal["auto", "fp32", "bf16"] = "auto") -> dict[str, Any]:
+              layer_decay: float | None = None, precision: Literal["auto", "fp32", "bf16"] = "auto",
+              size: int | None = None) -> dict[str, Any]:
     """Train the encoder (a copy; `scratch`: its shape alone) with a linear layer on it. Returns plain values for JSON.
 
     accuracy, interval (Wilson's, 95 %) and top5 on the test set, 0 .. 1; epoch, the chosen one, counted from 1;
     validation and loss by epoch; trained_on and held_out, counts of pictures; seconds; settings.
     flip: mirror images too. epochs: by default 100, or 200 from scratch. batch: at most a 32nd of the pictures, so that
-    a small data set still gets enough steps. Raises UserError: labels out of range, no validation pictures, a loss that
-    is not finite.
+    a small data set still gets enough steps. size: pixels a side, by default the run's, a multiple of the patch's;
+    more pixels make more tokens. Raises UserError: labels out of range, no validation pictures, a loss that is not
+    finite.
     """
     began, recipe, classes = time.monotonic(), SCRATCH if scratch else FINE_TUNE, len(split.classes)
     rows, held = _rows(split)
@@ -64,7 +66,7 @@ def fine_tune(encoder: FrozenEncoder, split: Splits, flip: bool, epochs: int | N
         "epochs": epochs, "batch": batch, "lr": lr, "warmup_epochs": epochs / 20,
         "weight_decay": 0.05, "betas": (0.9, 0.999), "precision": backend.precision(precision)})
     tuning = Tuning(encoder, classes, Schedule(training, len(rows) // batch),
-                    recipe.layer_decay if layer_decay is None else layer_decay, scratch, seed, flip, recipe.mix)
+                    recipe.layer_decay if layer_decay is None else layer_decay, scratch, seed, flip, recipe.mix, size)
     name = "from scratch" if scratch else "fine-tuning"
     best, chosen, best_epoch, validation, losses = -1.0, tuning.parameters, 0, [], []
     for epoch in range(epochs):
@@ -130,11 +132,12 @@ class Tuning:
     """
 
     def __init__(self, encoder: FrozenEncoder, classes: int, schedule: Schedule, layer_decay: float, scratch: bool,
-                 seed: int, flip: bool, mix: bool):
+                 seed: int, flip: bool, mix: bool, size: int | None = None):
         self.config, self.schedule, self.layer_decay = encoder.config, schedule, layer_decay
         self.scratch, self.seed, self.mix = scratch, seed, mix
         model = encoder.config.model.model_copy(update={"drop_path": DROP_PATH})
-        self.encoder = Encoder(encoder.config.model_copy(update={"model": model}))
+        self.asked, self.size = size, size or encoder.config.data.image_size
+        self.encoder = Encoder(encoder.config.model_copy(update={"model": model}), self.size)
         self.augment = AUGMENT.model_copy(update={"flip": flip})
         keys = mx.random.split(key_of(seed, INIT_STEP), 2)
         weights = self.encoder.init(keys[0]) if scratch else encoder.weights
@@ -148,7 +151,7 @@ class Tuning:
         self.moments = [mx.zeros_like(self.parameters), mx.zeros_like(self.parameters)]
         self.step, self.traces = 0, 0
         self.keys, self.scalars = keys_of(seed), Ahead(self._scalars)
-        self._frozen = FrozenEncoder(encoder.config, encoder.weights, encoder.mean, encoder.std)
+        self._frozen = FrozenEncoder(encoder.config, encoder.weights, encoder.mean, encoder.std, size=self.size)
         self._compiled: Callable = mx.compile(self._update)
 
     @property
@@ -157,7 +160,7 @@ class Tuning:
         chosen = ("batch", "lr", "min_lr", "warmup_epochs", "weight_decay", "betas", "precision")
         return {"scratch": self.scratch, "seed": self.seed, **{key: getattr(t, key) for key in chosen},
                 "layer_decay": self.layer_decay, "drop_path": DROP_PATH, "label_smoothing": SMOOTHING,
-                "mix": self.mix, "augment": self.augment.model_dump()}
+                "mix": self.mix, "size": self.asked, "augment": self.augment.model_dump()}
 
     def weights(self) -> Weights:
         """The weights as they are now, the head's among them."""
@@ -187,8 +190,8 @@ class Tuning:
         self.traces += 1
         t, dtype, config = self.schedule.training, DTYPES[self.schedule.training.precision], self.config
         augment_key, drop_key, mix_key = mx.random.split(key, 3)
-        x = augment(images, config.data.image_size, self.augment, augment_key)
-        own = mixing(len(images), config.data.image_size, mix_key) if self.mix else mx.ones((len(images), 1, 1, 1))
+        x = augment(images, self.size, self.augment, augment_key)
+        own = mixing(len(images), self.size, mix_key) if self.mix else mx.ones((len(images), 1, 1, 1))
         x, labels = x * own + mx.roll(x, 1, 0) * (1 - own), mx.stack([labels, mx.roll(labels, 1)])
         shares = own.mean(axis=(1, 2, 3))
         patches = patchify(normalise(x, self._frozen.mean, self._frozen.std), config.model.patch).astype(dtype)

@@ -41,7 +41,8 @@ TEMPERATURES = (0.03, 0.07, 0.1, 0.2)  # 0.07 is DINO's; lightly's table takes k
 @dataclass(frozen=True)
 class Protocols:
     """Which of them to run. context: k-NN and linear probe of the context encoder too, beside the target encoder.
-    fine_tune_epochs: (fine-tuning, from scratch), None for 100 and 200; 0 leaves one of the two out."""
+    fine_tune_epochs: (fine-tuning, from scratch), None for 100 and 200; 0 leaves one of the two out. fine_tune_size:
+    pixels a side of the pictures that both learn from, None for the run's."""
 
     knn: bool = True
     linear: bool = True
@@ -51,6 +52,7 @@ class Protocols:
     augmented: bool = False
     context: bool = False
     fine_tune_epochs: tuple[int, int] | None = None
+    fine_tune_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -262,7 +264,7 @@ def _run(report: Report, subjects: list[Subject], protocols: Protocols, flip: bo
         if protocols.fine_tune and count != 0 and trained.encoder:
             say(f"{said} ...")
             report[name] = fine_tune(trained.encoder, trained.split, flip, count, name == "scratch", report["seed"],
-                                     trained.progress)
+                                     trained.progress, size=protocols.fine_tune_size)
             yield name
 
 

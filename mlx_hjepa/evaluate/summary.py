@@ -29,7 +29,7 @@ def table(report: Report) -> Table:
         out.add_section()
     for name, label in TUNED:
         if name in report:
-            out.add_row(label, f"{report[name]['epochs']} epochs", "", percent(report[name]), "")
+            out.add_row(label, _length(report[name]), "", percent(report[name]), "")
     return out
 
 
@@ -40,6 +40,12 @@ def findings(report: Report) -> list[str]:
     for title, rows in _few_shot(report).items():
         lines += [f"{title}, {name}, {level}: {text}" for name, level, text in rows]
     return lines
+
+
+def _length(tuned: Report) -> str:
+    """What of its settings fine-tuning is told by: its epochs, and the pixels where they are not the run's."""
+    size = tuned.get("settings", {}).get("size")
+    return f"{tuned['epochs']} epochs" + (f", {size} px" if size else "")
 
 
 def _cells(name: str, level: str, scores: Report) -> list[str]:
@@ -74,7 +80,7 @@ def markdown(run: Run, report: Report) -> str:
     for name, label in (("fine_tune", "Fine-tuned"), ("scratch", "The same network from scratch")):
         if name in report:
             f = report[name]
-            text += [f"{label}: {percent(f)} after epoch {f['epoch']} of {f['epochs']}, chosen on {f['held_out']:,} "
+            text += [f"{label}: {percent(f)} after epoch {f['epoch']} of {_length(f)}, chosen on {f['held_out']:,} "
                      f"held-out pictures, trained on {f['trained_on']:,}.", ""]
     text += [line for found in _augmented(report) for line in (f"{found}.", "")] + _sweep(report)
     for title, rows in _few_shot(report).items():
@@ -190,10 +196,11 @@ def compare(reports: list[Report]) -> dict[str, Any]:
     columns; runs, with the accuracy of each column; seeds, with mean and std over the seeds. A score's mark is "best"
     or "~", within the noise of the best on the same pictures: for runs a difference under the root of the two half 95 %
     intervals' squares, for pooled seeds one under Student's 95 % point of the two means (Welch); "" too where there is
-    no other to compare with. Each number of epochs of fine-tuning or from scratch has a column of its own.
+    no other to compare with. Each number of epochs, and size, of fine-tuning or from scratch has a column of its own.
     """
-    lengths = [(name, label, n) for name, label in TUNED
-               for n in sorted({r[name]["epochs"] for r in reports if name in r})]
+    lengths = [(name, label, length) for name, label in TUNED
+               for length in dict.fromkeys(_length(r[name]) for r in sorted(
+                   (r for r in reports if name in r), key=lambda r: r[name]["epochs"]))]
     found = [_headline(r, lengths) for r in reports]
     columns = [column for column in found[0] if any(scores[column] for scores in found)]
     runs: list[dict[str, Any]] = []
@@ -238,15 +245,15 @@ def _cell(score: Report | None) -> str:
     return f"{100 * score['accuracy']:.1f}{spread} {score['mark']}".rstrip()
 
 
-def _headline(report: Report, lengths: list[tuple[str, str, int]]) -> dict[str, Report | None]:
-    """The scores that runs are compared by, where there are any. lengths: (key of the report, label, epochs)."""
+def _headline(report: Report, lengths: list[tuple[str, str, str]]) -> dict[str, Report | None]:
+    """The scores that runs are compared by, where there are any. lengths: (key of the report, label, `_length`)."""
     last = report["rows"]["trained"]["last"]
     levels = report["rows"]["trained"].get("levels", last)
     shots = levels.get("few_shot", {}).get("episodes", {}).get("shots", {})
     return {"k-NN": levels.get("knn"), "linear": levels.get("linear"), "k-NN last": last.get("knn"),
             "linear last": last.get("linear"), "5-shot": shots.get("5"),
-            **{f"{label}, {n} epochs": report[name] if report.get(name, {}).get("epochs") == n else None
-               for name, label, n in lengths}}
+            **{f"{label}, {length}": report[name] if name in report and _length(report[name]) == length else None
+               for name, label, length in lengths}}
 
 
 def _pictures_of(report: Report) -> tuple[str, int]:

@@ -180,11 +180,13 @@ def block_weights(key: mx.array, dim: int, hidden: int, layer: int, prefix: str)
     }
 
 
-def positions(grid: int, dim: int) -> np.ndarray:
+def positions(grid: int, dim: int, trained: int | None = None) -> np.ndarray:
     """Fixed 2-D sin-cos positions, (grid * grid, dim): half the width for the row, half for the column; frequencies
-    10000^(-i/(dim/4)) (as in MAE and I-JEPA)."""
+    10000^(-i/(dim/4)) (as in MAE and I-JEPA). `trained`: the grid's side in training, where it was another;
+    a token then lies where its middle was there."""
     omega = 10000.0 ** -(np.arange(dim // 4) / (dim / 4))
-    row, column = (axis.reshape(-1, 1) * omega for axis in np.meshgrid(np.arange(grid), np.arange(grid), indexing="ij"))
+    places = (np.arange(grid) + 0.5) * ((trained or grid) / grid) - 0.5
+    row, column = (axis.reshape(-1, 1) * omega for axis in np.meshgrid(places, places, indexing="ij"))
     return np.concatenate([np.sin(row), np.cos(row), np.sin(column), np.cos(column)], axis=1).astype(np.float32)
 
 
@@ -197,18 +199,21 @@ def patchify(images: mx.array, patch: int) -> mx.array:
 
 
 class Encoder:
-    """The shape of an encoder; its weights come with each call."""
+    """The shape of an encoder; its weights come with each call.
 
-    def __init__(self, config: Config):
+    size: of the pictures' sides in pixels, by default the configuration's.
+    """
+
+    def __init__(self, config: Config, size: int | None = None):
         m = config.model
         assert m.dim is not None  # config resolves `size`
         assert m.depth is not None
         self.dim, self.depth, self.heads = m.dim, m.depth, m.dim // m.head_dim
         self.hidden = round(m.dim * m.mlp_ratio)
-        self.patch, self.grid = m.patch, config.grid
+        self.patch, self.grid = m.patch, size // m.patch if size else config.grid
         self.depths = sorted({level.depth for level in m.levels})
         self.drop_path = m.drop_path
-        self.positions = positions(self.grid, self.dim)
+        self.positions = positions(self.grid, self.dim, config.grid)
 
     def init(self, key: mx.array) -> Weights:
         """Fresh fp32 weights."""
