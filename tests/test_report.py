@@ -761,8 +761,8 @@ def test_the_comparison_keeps_fine_tuning_of_different_lengths_apart():
 
 
 def test_the_comparison_keeps_fine_tuning_at_other_sizes_apart():
-    larger = tuning(0.9, 5) | {"settings": {"size": 48}}
-    runs = [row("a", 0.7, 0, fine_tune=tuning(0.8, 5) | {"settings": {"size": None}}), row("b", 0.7, 1, fine_tune=larger)]
+    own, larger = (tuning(a, 5) | {"settings": {"size": size}} for a, size in ((0.8, None), (0.9, 48)))
+    runs = [row("a", 0.7, 0, fine_tune=own), row("b", 0.7, 1, fine_tune=larger)]
     found = summary.compare(runs)
     assert found["columns"][-2:] == ["fine-tuned, 5 epochs", "fine-tuned, 5 epochs, 48 px"]
     assert [[s and s["accuracy"] for s in list(r["scores"].values())[-2:]] for r in found["runs"]] == [
