@@ -43,9 +43,13 @@ def findings(report: Report) -> list[str]:
 
 
 def _length(tuned: Report) -> str:
-    """What of its settings fine-tuning is told by: its epochs, and the pixels where they are not the run's."""
+    """What of its settings fine-tuning is told by: its epochs, and the pixels a side where they are not the run's."""
+    return f"{tuned['epochs']} epochs{_size(tuned)}"
+
+
+def _size(tuned: Report) -> str:
     size = tuned.get("settings", {}).get("size")
-    return f"{tuned['epochs']} epochs" + (f", {size} px" if size else "")
+    return f", {size} px" if size else ""
 
 
 def _cells(name: str, level: str, scores: Report) -> list[str]:
@@ -80,7 +84,7 @@ def markdown(run: Run, report: Report) -> str:
     for name, label in (("fine_tune", "Fine-tuned"), ("scratch", "The same network from scratch")):
         if name in report:
             f = report[name]
-            text += [f"{label}: {percent(f)} after epoch {f['epoch']} of {_length(f)}, chosen on {f['held_out']:,} "
+            text += [f"{label}: {percent(f)} after epoch {f['epoch']} of {f['epochs']}{_size(f)}, chosen on {f['held_out']:,} "
                      f"held-out pictures, trained on {f['trained_on']:,}.", ""]
     text += [line for found in _augmented(report) for line in (f"{found}.", "")] + _sweep(report)
     for title, rows in _few_shot(report).items():
