@@ -84,8 +84,8 @@ def markdown(run: Run, report: Report) -> str:
     for name, label in (("fine_tune", "Fine-tuned"), ("scratch", "The same network from scratch")):
         if name in report:
             f = report[name]
-            text += [f"{label}: {percent(f)} after epoch {f['epoch']} of {f['epochs']}{_size(f)}, chosen on {f['held_out']:,} "
-                     f"held-out pictures, trained on {f['trained_on']:,}.", ""]
+            text += [f"{label}: {percent(f)} after epoch {f['epoch']} of {f['epochs']}{_size(f)}, chosen on "
+                     f"{f['held_out']:,} held-out pictures, trained on {f['trained_on']:,}.", ""]
     text += [line for found in _augmented(report) for line in (f"{found}.", "")] + _sweep(report)
     for title, rows in _few_shot(report).items():
         text += [f"## {title}", "", *_grid(["features", "level", "accuracy, 95 % interval"], rows)]
