@@ -414,7 +414,9 @@ def test_a_healthy_run_climbs(tmp_path):
     lines = (done / "metrics.jsonl").read_text().replace('"made"', json.dumps(backend.device()["name"]))
     (done / "metrics.jsonl").write_text(lines)
     assert analyze(Run(done), endless)["recommendation"]["why"][-1].endswith(" here")
-    top = made(tmp_path / "top", preset=preset_file("vit_small_100ep"))
+    night = made(tmp_path / "night", preset=preset_file("vit_small_100ep"))
+    assert "vit_small_300ep.yaml" in analyze(Run(night), fast)["recommendation"]["command"]
+    top = made(tmp_path / "top", preset=preset_file("vit_small_300ep"))
     lines = (top / "metrics.jsonl").read_text().replace(f'"epoch_steps": {EPOCH}', f'"epoch_steps": {EPOCH // 5}')
     (top / "metrics.jsonl").write_text(lines)
     assert analyze(Run(top))["recommendation"]["command"].startswith("mlx-hjepa eval ")
@@ -507,7 +509,7 @@ def test_a_run_without_labels_is_to_be_used_and_not_scored(tmp_path, facts, pict
 
 
 def test_a_run_that_is_scored_already_is_to_be_used(tmp_path):
-    folder = of_epochs(made(tmp_path / "run", preset=preset_file("vit_small_100ep")), EPOCH // 5)
+    folder = of_epochs(made(tmp_path / "run", preset=preset_file("vit_small_300ep")), EPOCH // 5)
     (folder / "evaluation").mkdir()
     (folder / "evaluation" / "report.md").touch()
     advice = analyze(Run(folder))["recommendation"]

@@ -17,7 +17,7 @@ from mlx_hjepa.train.step import STATISTICS, Step
 PACKAGE = Path(mlx_hjepa.__file__).resolve().parent
 CONFIGS = PACKAGE.parent / "configs"
 PRESETS = sorted(CONFIGS.rglob("*.yaml"))
-NATIVE = ["vit_small_100ep", "vit_tiny_20ep", "vit_tiny_5ep", "vit_wide_20ep", "vit_wide_lunch"]
+NATIVE = ["vit_small_100ep", "vit_small_300ep", "vit_tiny_20ep", "vit_tiny_5ep", "vit_wide_20ep", "vit_wide_lunch"]
 
 each_preset = pytest.mark.parametrize("file", PRESETS, ids=lambda file: file.stem)
 
@@ -56,7 +56,8 @@ def test_a_preset_loads_under_its_files_name(file, tmp_path):
 
 @pytest.mark.parametrize(("name", "published"), [
     ("vit_wide_20ep", "wide4_s0"), ("vit_wide_lunch", "lunch06_s0"), ("digits_demo", "digits_demo"),
-    ("vit_small_100ep", "small_s0"), ("vit_tiny_5ep", "t5_s0"), ("vit_tiny_20ep", "tiny20_s0")])
+    ("vit_small_100ep", "small2_s0"), ("vit_small_300ep", "long300_w8"), ("vit_tiny_5ep", "t5_s0"),
+    ("vit_tiny_20ep", "tiny20_s0")])
 def test_a_preset_is_what_its_published_scores_were_reached_with(name, published):
     then = config.load(PACKAGE.parent / "docs" / "results" / published / "config.yaml")
     now = preset(name)
@@ -95,7 +96,8 @@ def test_presets_are_at_the_size_of_their_pictures_and_keep_them_in_memory():
 
 @pytest.mark.parametrize(("name", "dim", "levels", "epochs"), [
     ("vit_tiny_5ep", 192, [2, 4, 6, 8, 10, 12], 5), ("vit_tiny_20ep", 192, [2, 4, 6, 8, 10, 12], 20),
-    ("vit_small_100ep", 384, [2, 4, 6, 8, 10, 12], 100), ("vit_wide_20ep", 384, [1, 2, 3, 4, 5, 6], 20),
+    ("vit_small_100ep", 384, [2, 4, 6, 8, 10, 12], 100), ("vit_small_300ep", 384, [2, 4, 6, 8, 10, 12], 300),
+    ("vit_wide_20ep", 384, [1, 2, 3, 4, 5, 6], 20),
 ])
 def test_presets_are_what_their_names_say(name, dim, levels, epochs):
     c = preset(name)

@@ -22,7 +22,7 @@ BASELINE_HOURS, NIGHT_HOURS = 4, 14
 FIRST = "vit_wide_lunch"  # the preset to start with
 NEXT = {  # the ladder of presets, files under configs/
     "digits_demo": "vit_tiny_5ep", "vit_tiny_5ep": "vit_tiny_20ep", "vit_tiny_20ep": "vit_small_100ep",
-    "vit_wide_20ep": "vit_small_100ep", "vit_wide_lunch": "vit_small_100ep",
+    "vit_wide_20ep": "vit_small_100ep", "vit_wide_lunch": "vit_small_100ep", "vit_small_100ep": "vit_small_300ep",
     "m1_max_quick_val": "compat/m1_max_full_20epoch",
     "m1_max_full_20epoch": "compat/m1_max_full_100epoch",
 }
