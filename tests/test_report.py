@@ -563,6 +563,14 @@ def test_each_protocol_alone(run, cli, monkeypatch):
         (run.evaluation / "report-subset200.json").unlink()
 
 
+def test_fine_tuning_at_another_size_is_said_where_it_counts(run, cli):
+    result = cli("eval", "--subset", 100, "--fine-tune", "--fine-tune-epochs", 1, 0, "--fine-tune-size", 12)
+    assert result.exit_code == 0, result.output
+    assert "1 epochs, 12 px" in result.output
+    assert report_of(run, "report-subset100")["fine_tune"]["settings"]["size"] == 12
+    assert "after epoch 1 of 1, 12 px, chosen" in (run.evaluation / "report-subset100.md").read_text()
+
+
 def test_another_data_set_by_its_name(run, cli, tmp_path):
     environment_of(run, run, fingerprint="of other pictures")
     result = cli("eval", "--knn", "--dataset", "digits")
