@@ -62,7 +62,7 @@ def test_a_preset_is_what_its_published_scores_were_reached_with(name, published
     then = config.load(PACKAGE.parent / "docs" / "results" / published / "config.yaml")
     now = preset(name)
     data = then.data.model_copy(update={"root": None, "source": now.data.source})  # both sources give the same batches
-    unscored = {"name": name, "data": data, "checkpoints": now.checkpoints}
+    unscored = {"name": name, "data": data, "checkpoints": now.checkpoints, "logging": now.logging}
     assert then.model_copy(update=unscored) == now
 
 
