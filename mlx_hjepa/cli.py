@@ -133,6 +133,8 @@ def evaluate(runs: tuple[str, ...], everything: bool, checkpoint: str, encoder: 
     plain = len(runs) > 1 and not everything and not any(asked.values())
     if everything or not any(asked.values()):
         asked |= {name: everything or name in ("knn", "linear") for name in asked}
+    if (fine_tune_epochs or fine_tune_size) and not asked["fine_tune"]:
+        raise UserError("--fine-tune-epochs and --fine-tune-size go with --fine-tune or --all")
     if fine_tune_epochs == (0, 0):
         if not everything:
             raise UserError("--fine-tune-epochs 0 0 leaves both out: leave out --fine-tune instead")

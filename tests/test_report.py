@@ -381,6 +381,8 @@ def test_a_run_of_other_code(run, cli):
 def test_options_that_make_no_sense(run, cli):
     assert "data.root" in mistake(cli("eval", "--dataset", "folder"))
     assert "leaves both out" in mistake(cli("eval", "--fine-tune", "--fine-tune-epochs", 0, 0))
+    for words in (["--fine-tune-size", 16], ["--knn", "--fine-tune-epochs", 1, 1]):
+        assert "go with --fine-tune or --all" in mistake(cli("eval", *words))
     told = mistake(cli("eval", "--fine-tune", "--fine-tune-size", 9))
     assert "--fine-tune-size 9: give a multiple of 2, the side of a patch of results/tiny" in told
     for words in (["--root", "p"], ["--dataset", "digits", "--root", "p"]):

@@ -136,7 +136,7 @@ class Tuning:
         self.config, self.schedule, self.layer_decay = encoder.config, schedule, layer_decay
         self.scratch, self.seed, self.mix = scratch, seed, mix
         model = encoder.config.model.model_copy(update={"drop_path": DROP_PATH})
-        self.asked, self.size = size, size or encoder.config.data.image_size
+        self.size = size or encoder.config.data.image_size
         self.encoder = Encoder(encoder.config.model_copy(update={"model": model}), self.size)
         self.augment = AUGMENT.model_copy(update={"flip": flip})
         keys = mx.random.split(key_of(seed, INIT_STEP), 2)
@@ -158,9 +158,10 @@ class Tuning:
     def settings(self) -> dict[str, Any]:
         t = self.schedule.training
         chosen = ("batch", "lr", "min_lr", "warmup_epochs", "weight_decay", "betas", "precision")
+        other = self.size != self.config.data.image_size
         return {"scratch": self.scratch, "seed": self.seed, **{key: getattr(t, key) for key in chosen},
                 "layer_decay": self.layer_decay, "drop_path": DROP_PATH, "label_smoothing": SMOOTHING,
-                "mix": self.mix, "size": self.asked, "augment": self.augment.model_dump()}
+                "mix": self.mix, "size": self.size if other else None, "augment": self.augment.model_dump()}
 
     def weights(self) -> Weights:
         """The weights as they are now, the head's among them."""

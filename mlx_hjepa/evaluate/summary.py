@@ -203,8 +203,7 @@ def compare(reports: list[Report]) -> dict[str, Any]:
     no other to compare with. Each number of epochs, and size, of fine-tuning or from scratch has a column of its own.
     """
     lengths = [(name, label, length) for name, label in TUNED
-               for length in dict.fromkeys(_length(r[name]) for r in sorted(
-                   (r for r in reports if name in r), key=lambda r: r[name]["epochs"]))]
+               for _, length in sorted({(r[name]["epochs"], _length(r[name])) for r in reports if name in r})]
     found = [_headline(r, lengths) for r in reports]
     columns = [column for column in found[0] if any(scores[column] for scores in found)]
     runs: list[dict[str, Any]] = []
