@@ -11,7 +11,7 @@ from mlx_hjepa.model.hjepa import HJEPA, key_of, sigreg, smooth_l1
 from mlx_hjepa.model.vit import own_gradient
 from mlx_hjepa.schedule import Schedule
 from mlx_hjepa.train import step as step_module
-from mlx_hjepa.train.step import Layout, Step, part
+from mlx_hjepa.train.step import Layout, Step, part, whole
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 
@@ -168,10 +168,25 @@ def test_biases_norms_and_tokens_are_not_decayed(tiny_config):
 
 def test_layout_packs_and_views_without_loss(tiny_config):
     model = HJEPA(tiny_config(), MEAN, STD)
-    layout = Layout(*model.init())
-    again = layout.pack(layout.views(layout.first))
-    assert (np.array(again) == np.array(layout.first)).all()
-    assert set(layout.views(layout.first[: layout.encoder_size])) == {f"encoder.{k}" for k in model.init()[0]}
+    layout, weights = Layout(*model.init()), whole(*model.init())
+    flat = layout.pack(weights)
+    again = layout.views(flat)
+    assert set(again) == set(weights)
+    assert all((np.array(again[n]) == np.array(w)).all() for n, w in weights.items())
+    assert set(layout.views(flat[: layout.encoder_size])) == {f"encoder.{k}" for k in model.init()[0]}
+
+
+def test_a_step_needs_no_second_copy_of_the_moments(tiny_config):
+    step = step_of(tiny_config(model={"dim": 256, "head_dim": 64}))
+    state, more = step.initial_state(), []
+    for i in range(3):
+        held = mx.get_active_memory()
+        mx.reset_peak_memory()
+        state, stats = step(state, pictures(2), key_of(0, i), step.scalars(i, [1.0, 1.0]))
+        mx.eval(state.arrays(), stats)
+        mx.synchronize()
+        more.append((mx.get_peak_memory() - held) / state.parameters.nbytes)
+    assert max(more) < 4  # the gradient twice, the new weights and target; 6 with the moments
 
 
 def test_accumulation_equals_one_batch_and_traces_each_function_once(tiny_config):
@@ -199,7 +214,7 @@ def test_half_precision_follows_fp32_over_fp32_masters(tiny_config, precision):
     rough, near = run(half, 12)
     assert {a.dtype for a in rough.arrays()} == {mx.float32}
     assert np.abs(rows[:, 0] - near[:, 0]).max() < 0.01 * rows[:, 0].max()
-    moved = np.abs(np.array(exact.parameters) - np.array(full.layout.first)).max()
+    moved = np.abs(np.array(exact.parameters) - np.array(full.initial_state().parameters)).max()
     assert np.abs(np.array(exact.parameters) - np.array(rough.parameters)).mean() < 0.1 * moved
 
 

@@ -27,14 +27,13 @@ class Layout:
     """Where each weight lies in the flat buffer: the encoder first, decayed before undecayed inside each part."""
 
     def __init__(self, encoder: Weights, predictor: Weights):
-        named = {f"encoder.{k}": v for k, v in encoder.items()} | {f"predictor.{k}": v for k, v in predictor.items()}
+        named = whole(encoder, predictor)
         self.names = sorted(named, key=lambda n: (n.startswith("predictor."), named[n].ndim < 2))
         self.shapes = {n: named[n].shape for n in self.names}
         ends = np.cumsum([named[n].size for n in self.names])
         self.places = {n: (int(e) - named[n].size, int(e)) for n, e in zip(self.names, ends, strict=True)}
         self.size = int(ends[-1])
         self.encoder_size = sum(v.size for v in encoder.values())
-        self.first = self.pack(named)
 
     def pack(self, leaves: Weights) -> mx.array:
         """Named arrays -> the flat buffer."""
@@ -47,6 +46,11 @@ class Layout:
     def decayed(self) -> np.ndarray:
         """uint8 (size,): 1 where weight decay applies. Biases, norms and tokens are not decayed."""
         return np.concatenate([np.full(int(np.prod(s)), len(s) >= 2, np.uint8) for s in self.shapes.values()])
+
+
+def whole(encoder: Weights, predictor: Weights) -> Weights:
+    """Both parts' weights, under `encoder` and `predictor`."""
+    return {f"encoder.{n}": w for n, w in encoder.items()} | {f"predictor.{n}": w for n, w in predictor.items()}
 
 
 def part(weights: Weights, name: str) -> Weights:
@@ -85,7 +89,8 @@ class Step:
 
     def initial_state(self) -> State:
         """Step 0: the target encoder is an exact copy of the context encoder."""
-        p = self.layout.first
+        encoder, predictor = self.model.init()
+        p = self.layout.pack(whole(encoder, predictor))
         scale = FIRST_SCALE if self.precision == "fp16" else 1.0
         state = State(p, mx.zeros_like(p), mx.zeros_like(p), p[: self.layout.encoder_size] + 0,
                       mx.array([0.0, 0.0, scale, 0.0]))
@@ -163,19 +168,22 @@ class Step:
         return layout.pack(gradients).astype(mx.float32), losses
 
     def _apply(self, p, m, v, t, guard, gradient, losses, scalars):
-        """Clip, AdamW (Loshchilov and Hutter 2017, algorithm 2), EMA. Where the gradient is not finite, factors are 1
-        and addends 0, so that nothing moves."""
+        """Clip, AdamW (Loshchilov and Hutter 2017, algorithm 2), EMA; where the gradient is not finite, nothing moves.
+
+        MLX gives an input's memory to the result of a kernel that has but one: `depends` keeps the moments and the
+        weights apart, which would be one kernel and need new memory for each.
+        """
         lr, decay, momentum, rate, spread = mx.split(scalars[:5], 5)
-        gradient = gradient / guard[2]
-        norm = _norm(gradient)
+        norm = _norm(gradient) / guard[2]
         good = mx.isfinite(norm) & mx.isfinite(losses[0])
+        factor = mx.minimum(1.0, self.training.clip / (norm + 1e-6)) / guard[2]
         b1, b2 = self.training.betas
-        keep1, keep2 = mx.where(good, b1, 1.0), mx.where(good, b2, 1.0)
-        add1, add2, lr, rate = (mx.where(good, x, 0.0) for x in (1 - b1, 1 - b2, lr, rate))
-        g = mx.where(good, gradient * mx.minimum(1.0, self.training.clip / (norm + 1e-6)), 0.0)
-        m = keep1 * m + add1 * g
-        v = keep2 * v + add2 * g * g
-        p = p * (1 - lr * decay * self.decayed) - rate * m / (mx.sqrt(v) * spread + self.training.eps)
+        gradient = mx.depends(gradient, norm)
+        m = mx.where(good, b1 * m + (1 - b1) * factor * gradient, m)
+        v = mx.where(good, b2 * v + (1 - b2) * factor * factor * (gradient * gradient), v)
+        m, v = mx.depends([m, v], [norm])
+        new = p * (1 - lr * decay * self.decayed) - rate * m / (mx.sqrt(v) * spread + self.training.eps)
+        p = mx.where(good, new, p)
         t = mx.where(good, momentum * t + (1 - momentum) * p[: self.layout.encoder_size], t)
         guard = self._guard(guard, good)
         statistics = mx.concatenate([mx.stack([losses[0], norm, guard[1], guard[0], guard[2]]), losses[1:]])
@@ -212,7 +220,7 @@ class Step:
 def _norm(flat: mx.array) -> mx.array:
     """The Euclidean norm, summed in two stages: one long fp32 sum loses digits on the CPU back-end."""
     width = next(w for w in (1024, 256, 64, 16, 4, 1) if flat.size % w == 0)
-    return mx.sqrt((flat * flat).reshape(-1, width).sum(axis=1).sum())
+    return mx.sqrt(mx.square(flat).reshape(-1, width).sum(axis=1).sum())
 
 
 def _cosine(guess: mx.array, goal: mx.array) -> mx.array:
