@@ -8,7 +8,7 @@ from mlx_hjepa.config import Data, Training
 from mlx_hjepa.data import Dataset, Pictures, load_dataset
 from mlx_hjepa.evaluate import fine_tune as module
 from mlx_hjepa.evaluate.features import FrozenEncoder
-from mlx_hjepa.evaluate.fine_tune import Tuning, fine_tune, mixing, smoothed_cross_entropy
+from mlx_hjepa.evaluate.fine_tune import Recipe, Tuning, fine_tune, mixing, smoothed_cross_entropy
 from mlx_hjepa.evaluate.subject import splits
 from mlx_hjepa.model.vit import Encoder, positions
 from mlx_hjepa.run import UserError
@@ -40,10 +40,11 @@ def tunings(monkeypatch):
     return made
 
 
-def tuning(encoder, layer_decay=1.0, scratch=False, mix=False, **training):
+def tuning(encoder, layer_decay=1.0, scratch=False, mix=False, clip=None, **training):
     values = {"epochs": 1, "batch": 16, "lr": 1e-3, "warmup_epochs": 0, "weight_decay": 0, "betas": (0.9, 0.999),
               "precision": "fp32", **training}
-    return Tuning(encoder, 10, Schedule(Training(**values), 4), layer_decay, scratch, 0, False, mix)
+    recipe = Recipe(1, values["lr"], layer_decay, mix, clip)
+    return Tuning(encoder, 10, Schedule(Training(**values), 4), recipe, scratch, 0, False)
 
 
 def moved(tuning, digits, steps=1):
@@ -89,6 +90,18 @@ def test_weight_decay_is_for_matrices(encoder, digits):
     for name in without:
         pull = -1e-3 * 0.5 * np.array(start[name]) if start[name].ndim == 2 else 0
         np.testing.assert_allclose(decayed[name] - without[name], pull, atol=1e-6, err_msg=name)
+
+
+def test_clipping_shortens_a_gradient_over_its_limit_and_no_other(encoder, digits):
+    first = {}
+    for clip in (None, 1e3, 0.01):
+        learning = tuning(encoder, clip=clip)
+        moved(learning, digits)
+        first[clip] = np.array(learning.moments[0]) / (1 - 0.9)  # the gradient
+    np.testing.assert_array_equal(first[1e3], first[None])
+    norm = np.linalg.norm(first[None])
+    assert norm > 0.1
+    np.testing.assert_allclose(first[0.01], first[None] * (0.01 / norm), rtol=1e-4, atol=1e-9)
 
 
 def test_bf16_computes_in_bf16_and_keeps_fp32_masters(encoder, digits, monkeypatch):
@@ -207,7 +220,8 @@ def test_defaults_and_settings(encoder, digits):
     assert (module.FINE_TUNE.epochs, module.SCRATCH.epochs) == (100, 200)
     assert (tuned["layer_decay"], scratch["layer_decay"]) == (0.75, 1.0)
     assert (tuned["mix"], scratch["mix"]) == (True, False)
-    assert tuned["lr"] == scratch["lr"] == 1e-3
+    assert (tuned["lr"], scratch["lr"]) == (1e-3, 5e-4)
+    assert (tuned["clip"], scratch["clip"]) == (None, 1.0)
     assert tuned["augment"] == scratch["augment"]
     assert tuned["augment"]["flip"]  # as asked, whatever the run did
     assert not fine_tune(encoder, split, False, epochs=1)["settings"]["augment"]["flip"]
