@@ -5,6 +5,7 @@ A row is one measured point as results/throughput/<machine>.json holds it (docs/
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import re
@@ -96,6 +97,7 @@ def measure(config: Config, make_step: Callable[..., Any], steps: int = 30, seco
     the median of up to ten groups of steps, spread half their range from the 10th to the 90th percentile, relative.
     limit: seconds after which, warm-up included, two steps are enough.
     """
+    gc.collect()  # a step and its compiled functions hold one another, and their arrays: the last row's
     mx.clear_cache()
     beat = pulses(config, make_step)
     first = next(beat)
