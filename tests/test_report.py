@@ -771,13 +771,22 @@ def test_the_comparison_keeps_fine_tuning_of_different_lengths_apart():
 
 
 def test_the_comparison_keeps_fine_tuning_at_other_sizes_apart():
-    own, larger = (tuning(a, 5) | {"settings": {"size": size}} for a, size in ((0.8, None), (0.9, 48)))
+    own, larger = (tuning(a, 5) | {"settings": {"size": size, "lr": 1e-3}} for a, size in ((0.8, None), (0.9, 48)))
     runs = [row("a", 0.7, 0, fine_tune=own), row("b", 0.7, 1, fine_tune=larger)]
     found = summary.compare(runs)
-    assert found["columns"][-2:] == ["fine-tuned, 5 epochs", "fine-tuned, 5 epochs, 48 px"]
+    assert found["columns"][-2:] == ["fine-tuned, 5 epochs, rate 0.001", "fine-tuned, 5 epochs, rate 0.001, 48 px"]
     assert [[s and s["accuracy"] for s in list(r["scores"].values())[-2:]] for r in found["runs"]] == [
         [0.8, None], [None, 0.9]]
     assert "px" not in side_by_side(*runs[:1])["run"]
+
+
+def test_the_comparison_keeps_other_rates_apart():
+    runs = [row(f"r{i}", 0.7, i, scratch=tuning(a, 200) | {"settings": {"lr": lr}})
+            for i, (a, lr) in enumerate(((0.85, 1e-3), (0.86, 5e-4)))]
+    found = summary.compare(runs)
+    assert found["columns"][-2:] == ["from scratch, 200 epochs, rate 0.0005", "from scratch, 200 epochs, rate 0.001"]
+    assert [[s and s["mark"] for s in list(r["scores"].values())[-2:]] for r in found["runs"]] == [
+        [None, ""], ["", None]]
 
 
 @pytest.mark.parametrize("width", [60, 80, 100])

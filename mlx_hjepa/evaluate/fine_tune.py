@@ -4,7 +4,7 @@ A linear layer reads the headline feature, the mean over tokens of the LayerNorm
 20th of the epochs, cosine, drop path, label smoothing, crops, mirror images where the run took them, mild colours: the
 same for both. Fine-tuning also mixes pictures in pairs, by which training from scratch lost (docs/results.md),
 and multiplies the learning rate by 0.75 for each layer down from the head (Clark et al. 2020, ELECTRA; Bao et al. 2021,
-BEiT). Training from scratch has half the rate and clips its gradient: without both, twelve blocks were unstable. The
+BEiT). Training from scratch has half the rate and clips its gradient: with neither, twelve blocks were unstable. The
 bank without its validation pictures is learnt from, 45,000 pictures of CIFAR-10's 50,000; the validation pictures
 choose the epoch; the test set is looked at once, with that epoch's weights.
 """

@@ -47,6 +47,12 @@ def _length(tuned: Report) -> str:
     return f"{tuned['epochs']} epochs{_size(tuned)}"
 
 
+def _scored_as(tuned: Report) -> str:
+    """What fine-tuning of two runs must share to be compared."""
+    rate = tuned.get("settings", {}).get("lr")
+    return f"{tuned['epochs']} epochs{f', rate {rate:g}' if rate else ''}{_size(tuned)}"
+
+
 def _size(tuned: Report) -> str:
     size = tuned.get("settings", {}).get("size")
     return f", {size} px" if size else ""
@@ -200,11 +206,11 @@ def compare(reports: list[Report]) -> dict[str, Any]:
     columns; runs, with the accuracy of each column; seeds, with mean and std over the seeds. A score's mark is "best"
     or "~", within the noise of the best on the same pictures: for runs a difference under the root of the two half 95 %
     intervals' squares, for pooled seeds one under Student's 95 % point of the two means (Welch); "" too where there is
-    no other to compare with. Each number of epochs, and size, of fine-tuning or from scratch has a column of its own.
+    no other to compare with. Each number of epochs, rate and size of fine-tuning or from scratch has its own column.
     """
-    lengths = [(name, label, length) for name, label in TUNED
-               for _, length in sorted({(r[name]["epochs"], _length(r[name])) for r in reports if name in r})]
-    found = [_headline(r, lengths) for r in reports]
+    tunings = [(name, label, how) for name, label in TUNED
+               for _, how in sorted({(r[name]["epochs"], _scored_as(r[name])) for r in reports if name in r})]
+    found = [_headline(r, tunings) for r in reports]
     columns = [column for column in found[0] if any(scores[column] for scores in found)]
     runs: list[dict[str, Any]] = []
     groups: dict[tuple, dict[int, tuple[Report, Report]]] = {}
@@ -248,15 +254,15 @@ def _cell(score: Report | None) -> str:
     return f"{100 * score['accuracy']:.1f}{spread} {score['mark']}".rstrip()
 
 
-def _headline(report: Report, lengths: list[tuple[str, str, str]]) -> dict[str, Report | None]:
-    """The scores that runs are compared by, where there are any. lengths: (key of the report, label, `_length`)."""
+def _headline(report: Report, tunings: list[tuple[str, str, str]]) -> dict[str, Report | None]:
+    """The scores that runs are compared by, where there are any. tunings: (key of the report, label, `_scored_as`)."""
     last = report["rows"]["trained"]["last"]
     levels = report["rows"]["trained"].get("levels", last)
     shots = levels.get("few_shot", {}).get("episodes", {}).get("shots", {})
     return {"k-NN": levels.get("knn"), "linear": levels.get("linear"), "k-NN last": last.get("knn"),
             "linear last": last.get("linear"), "5-shot": shots.get("5"),
-            **{f"{label}, {length}": report[name] if name in report and _length(report[name]) == length else None
-               for name, label, length in lengths}}
+            **{f"{label}, {how}": report[name] if name in report and _scored_as(report[name]) == how else None
+               for name, label, how in tunings}}
 
 
 def _pictures_of(report: Report) -> tuple[str, int]:

@@ -1,8 +1,8 @@
 """One optimizer step as one compiled function of (state, batch, key, scalars).
 
-Parameters, moments and target weights live in one flat fp32 buffer each, so that the gradient's norm, clipping, AdamW,
-the EMA and the cast to half precision are a kernel each. The loss is differentiated with respect to views of the
-buffer, and the gradients are concatenated once.
+Parameters, moments and target weights live in one flat fp32 buffer each, so that the gradient's norm, each moment, the
+weights, the EMA and the cast to half precision are a kernel each. The loss is differentiated with respect to views of
+the buffer, and the gradients are concatenated once.
 """
 
 from __future__ import annotations
@@ -168,10 +168,11 @@ class Step:
         return layout.pack(gradients).astype(mx.float32), losses
 
     def _apply(self, p, m, v, t, guard, gradient, losses, scalars):
-        """Clip, AdamW (Loshchilov and Hutter 2017, algorithm 2), EMA; where the gradient is not finite, nothing moves.
+        """Clip, AdamW (Loshchilov and Hutter 2017, algorithm 2), EMA. Where gradient or loss is not finite, only the
+        guard moves.
 
-        MLX gives an input's memory to the result of a kernel that has but one: `depends` keeps the moments and the
-        weights apart, which would be one kernel and need new memory for each.
+        MLX gives an input's memory to the result of a kernel that has but one: `depends` keeps the updates apart, which
+        would be fused into one kernel of several results with new memory for each.
         """
         lr, decay, momentum, rate, spread = mx.split(scalars[:5], 5)
         norm = _norm(gradient) / guard[2]
