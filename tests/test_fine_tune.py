@@ -224,7 +224,8 @@ def test_defaults_and_settings(encoder, digits):
     assert (tuned["clip"], scratch["clip"]) == (None, 1.0)
     assert tuned["augment"] == scratch["augment"]
     assert tuned["augment"]["flip"]  # as asked, whatever the run did
-    assert not fine_tune(encoder, split, False, epochs=1)["settings"]["augment"]["flip"]
+    other = fine_tune(encoder, split, False, epochs=1, lr=2e-3, layer_decay=0.5)["settings"]
+    assert (other["lr"], other["layer_decay"], other["augment"]["flip"]) == (2e-3, 0.5, False)
 
 
 def test_another_size_makes_other_tokens_and_the_runs_own_the_same(encoder, digits, tunings):

@@ -216,6 +216,9 @@ def test_half_precision_follows_fp32_over_fp32_masters(tiny_config, precision):
     assert np.abs(rows[:, 0] - near[:, 0]).max() < 0.01 * rows[:, 0].max()
     moved = np.abs(np.array(exact.parameters) - np.array(full.initial_state().parameters)).max()
     assert np.abs(np.array(exact.parameters) - np.array(rough.parameters)).mean() < 0.1 * moved
+    for name in ("first_moment", "second_moment"):  # Adam would not show a gradient that is still scaled
+        right, got = np.array(getattr(exact, name)), np.array(getattr(rough, name))
+        assert np.abs(got - right).mean() < 0.1 * np.abs(right).max()
 
 
 def test_a_bad_step_changes_nothing_and_is_counted(tiny_config):

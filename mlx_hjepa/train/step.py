@@ -179,7 +179,6 @@ class Step:
         good = mx.isfinite(norm) & mx.isfinite(losses[0])
         factor = mx.minimum(1.0, self.training.clip / (norm + 1e-6)) / guard[2]
         b1, b2 = self.training.betas
-        gradient = mx.depends(gradient, norm)
         m = mx.where(good, b1 * m + (1 - b1) * factor * gradient, m)
         v = mx.where(good, b2 * v + (1 - b2) * factor * factor * (gradient * gradient), v)
         m, v = mx.depends([m, v], [norm])
