@@ -1,5 +1,6 @@
 """FLOPs against the graph, fits, projections, budgets, chips, and what the benchmarks write."""
 
+import gc
 import itertools
 import json
 import math
@@ -120,6 +121,18 @@ def test_a_fit_finds_how_far_launches_hide_behind_the_work(overlap):
     assert found.interval < 0.05
     assert max(map(abs, timing.left_out(rows).values())) < 1e-6
     assert timing.fit(rows[:2]).overlap == 1
+
+
+def test_a_rows_peak_memory_is_its_own(tiny_config):
+    small = tiny_config()
+    own = timing.measure(small, Step, 2, 0.0)["peak_gb"]
+    gc.disable()  # or chance decides when the large step goes
+    try:
+        timing.measure(tiny_config(model={"dim": 512, "head_dim": 64}), Step, 2, 0.0)
+        after = timing.measure(small, Step, 2, 0.0)["peak_gb"]
+    finally:
+        gc.enable()
+    assert after < 1.3 * own
 
 
 def test_two_measurements_of_a_point_are_one_row():

@@ -89,8 +89,7 @@ class Step:
 
     def initial_state(self) -> State:
         """Step 0: the target encoder is an exact copy of the context encoder."""
-        encoder, predictor = self.model.init()
-        p = self.layout.pack(whole(encoder, predictor))
+        p = self.layout.pack(whole(*self.model.init()))
         scale = FIRST_SCALE if self.precision == "fp16" else 1.0
         state = State(p, mx.zeros_like(p), mx.zeros_like(p), p[: self.layout.encoder_size] + 0,
                       mx.array([0.0, 0.0, scale, 0.0]))
@@ -220,7 +219,7 @@ class Step:
 def _norm(flat: mx.array) -> mx.array:
     """The Euclidean norm, summed in two stages: one long fp32 sum loses digits on the CPU back-end."""
     width = next(w for w in (1024, 256, 64, 16, 4, 1) if flat.size % w == 0)
-    return mx.sqrt(mx.square(flat).reshape(-1, width).sum(axis=1).sum())
+    return mx.sqrt((flat * flat).reshape(-1, width).sum(axis=1).sum())
 
 
 def _cosine(guess: mx.array, goal: mx.array) -> mx.array:
