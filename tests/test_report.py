@@ -451,6 +451,11 @@ def test_each_protocol_says_how_it_ran_and_the_last_time_counts(run, monkeypatch
     assert report["seconds"] == pytest.approx(sum(how["seconds"] for how in ran.values()))
     assert 500 < report["seconds"] < 600
     assert "| linear | 500 | another | old |" in summary.markdown(run, report)
+    ran["linear"]["commit"] = report["versions"]["mlx-data"] = None  # no git, no mlx-data
+    text = summary.markdown(run, report)
+    assert "| linear | 500 | another | not known |" in text
+    assert "mlx-data -, numpy " in text
+    assert "None" not in text
 
 
 def test_what_is_done_outlives_an_interruption(run, monkeypatch):

@@ -97,10 +97,11 @@ def markdown(run: Run, report: Report) -> str:
         text += [f"## {title}", "", *_grid(["features", "level", "accuracy, 95 % interval"], rows)]
     text += _quality(report) + _pictures(run, report)
     text += ["## Where this comes from", "", *_grid(["protocol", "seconds", "device", "commit", "command"], [
-        [name, f"{how['seconds']:.0f}", how["device"], str(how["commit"]), f"`{how['command']}`"]
+        [name, f"{how['seconds']:.0f}", how["device"], how["commit"] or "not known", f"`{how['command']}`"]
         for name, how in report["protocols"].items()])]
-    facts = ("checkpoint", "weights", "pictures_seen", "train_seconds", "versions")
+    facts = ("checkpoint", "weights", "pictures_seen", "train_seconds")
     text += [f"- {key}: {report[key]}" for key in facts if key in report]
+    text += ["- versions: " + ", ".join(f"{name} {version or '-'}" for name, version in report["versions"].items())]
     return "\n".join([*text, f"- evaluation took {report['seconds']:.0f} s"]) + "\n"
 
 
